@@ -1,0 +1,1 @@
+"""Where gradients go: routes, the hooks that feed them, the kept norm."""

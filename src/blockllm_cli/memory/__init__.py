@@ -1,0 +1,1 @@
+"""Memory: planned before a run, counted during it."""

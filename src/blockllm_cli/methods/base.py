@@ -1,0 +1,227 @@
+"""The protocol of a training method, and the facts that it states about itself.
+
+A method decides two things: what is kept of each parameter's gradient (its routes), and what rule turns that into an
+update. It lives in one file, `methods/<name>.py`, whose class is found by the registry. Its life, in order:
+
+1. `Method(options, setting)`: nothing is allocated; `plan(shapes)` can already be asked.
+2. `prepare(model)`: takes hold of the parameters it will write and allocates its state.
+3. per update: `passes` yields passes (routes for one backward), `choose` returns the tensors the update will be
+   written from (the trainer checks and scales exactly these), `update` writes weights.
+4. `state_dict` / `load_state_dict`: everything that steers a later update, as tensors and plain values.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from blockllm_cli.footprint import Category, TensorPlan
+from blockllm_cli.gradients.routes import Route
+from blockllm_cli.optim.precision import Precision
+
+Event = dict[str, Any]
+"""A line of events.jsonl without its step: {"kind": "selection", ...}, plain JSON values only."""
+
+
+class MethodOptions(BaseModel):
+    """Base of the typed `[method]` table: unknown keys are refused, values are frozen.
+
+    Every field carries a description with its unit and range. `name`, `variant` and `seed` are common to all methods.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Values used for what a recipe leaves out, for one model size.
+
+    Attributes:
+        learning_rate: peak rate of the body (and of everything, if `dense_rate` is None).
+        dense_rate: peak rate of embedding, head and norms.
+        clip: limit of the kept norm; 0 is off.
+        options: values of the method's own options.
+        source: where they are published, or "ours" where nothing is.
+    """
+
+    learning_rate: float
+    dense_rate: float | None = None
+    clip: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "ours"
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """What a method says about itself: read by the documentation, `blockllm methods` and the checks before a run.
+
+    Attributes:
+        title: name as in the literature.
+        summary: one sentence on the rule.
+        paper: citation with arXiv number, or the usual reference.
+        family: "dense", "control", "projection", "block coordinate", ...
+        variants: words that `method.variant` may take; the first is the default.
+        keeps: what is kept of the gradient, in words.
+        can_go_layerwise: whether updates may run inside the backward pass.
+        hyperparameters: per model size (`60m`, ...), used for the nearest size; "*" holds where no size is listed.
+        limits: what it cannot do, one sentence each, for the documentation.
+    """
+
+    title: str
+    summary: str
+    paper: str
+    family: str
+    keeps: str
+    hyperparameters: Mapping[str, Hyperparameters]
+    variants: tuple[str, ...] = ()
+    can_go_layerwise: bool = False
+    limits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method knows of the run beside its own options.
+
+    Attributes:
+        seed: of all draws of the method, each keyed by (seed, parameter name, step).
+        precision: dtypes of weights, accumulators, moments, and the rounding of bf16 writes.
+        micro_batches: backward passes per update.
+    """
+
+    seed: int
+    precision: Precision
+    micro_batches: int = 1
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of one update: `body` for matrices, `dense` for embedding, head and norms (by role)."""
+
+    body: float
+    dense: float
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A pass that runs forward and backward over the batch and feeds `routes` (parameter name -> route).
+
+    A parameter without a route is frozen during the pass.
+    """
+
+    routes: Mapping[str, Route]
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass left: the routes' results by parameter name, and the loss.
+
+    Attributes:
+        gradients: parameter name -> what its route kept; a parameter that no gradient reached is absent.
+        loss: sum of negative log likelihood over target tokens of the whole batch, float64 scalar on the device.
+    """
+
+    gradients: dict[str, Tensor]
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that a method holds between updates, for counting."""
+
+    name: str
+    category: Category
+    tensor: Tensor
+
+
+class Method(ABC):
+    """One training method. See the module docstring for the order in which the parts are called."""
+
+    name: ClassVar[str]
+    facts: ClassVar[MethodFacts]
+    Options: ClassVar[type[MethodOptions]]
+
+    @abstractmethod
+    def __init__(self, options: Any, setting: Setting) -> None:
+        """Keep `options` (an instance of `Options`) and `setting`; allocate nothing."""
+
+    @abstractmethod
+    def plan(self, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorPlan]:
+        """Every tensor the method will hold for parameters of `shapes`: accumulated gradients, state, copies.
+
+        Weights themselves are not the method's.
+        """
+
+    @abstractmethod
+    def prepare(self, model: nn.Module) -> None:
+        """Take hold of the model's parameters and allocate state. Called once, before any pass."""
+
+    @abstractmethod
+    def passes(self, step: int) -> Generator[Backward, PassResult, None]:
+        """Yield the passes of update `step` (from 1); each is answered with its result before the next is asked."""
+
+    def choose(self, step: int, results: Sequence[PassResult]) -> dict[str, Tensor]:
+        """Make the choices of update `step` and return the tensors it will be written from, by parameter name.
+
+        The trainer takes finiteness and the kept norm over these tensors and scales them in place when it clips.
+        The default returns the gradients of the last pass.
+        """
+        return results[-1].gradients
+
+    @abstractmethod
+    def update(
+        self, step: int, rates: Rates, chosen: Mapping[str, Tensor], *, count_unchanged: bool = False
+    ) -> list[Event]:
+        """Write the weights of update `step` from what `choose` returned; `chosen` may be overwritten.
+
+        With `count_unchanged`, writes rounded to bf16 count the entries that kept their value (see `unchanged`).
+        """
+
+    @property
+    def unchanged(self) -> float | None:
+        """Share of the entries written by the last counted update that kept their value; None if none was counted."""
+        return None
+
+    def rate_factor(self, step: int) -> float:
+        """Factor on the schedule's rates at update `step`; a pure function."""
+        return 1.0
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """All state that later updates depend on: a flat dict, str -> Tensor or plain JSON value.
+
+        Keys are `<parameter name>.<state name>`, or a bare word for what belongs to no parameter.
+        """
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put `state` back, exactly and in place.
+
+        Raises:
+            InputError: a tensor is missing, unexpected, or of another shape or dtype; the message names it and both.
+        """
+
+    @abstractmethod
+    def held(self) -> Iterator[Held]:
+        """The tensors that the method holds between updates, each once."""
+
+    @property
+    @abstractmethod
+    def state_entries(self) -> int:
+        """Elements of first moments held now."""
+
+    @property
+    @abstractmethod
+    def trainable_entries(self) -> int:
+        """Weights that the next update can write."""
+
+    def merged_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Plain Llama weights under Hugging Face names, for evaluation and export; no copy where none is needed."""
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+StateDtype = Literal["fp32", "bf16"]

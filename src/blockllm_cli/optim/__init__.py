@@ -1,0 +1,1 @@
+"""Update rules as pure functions on tensors, and the state they need."""

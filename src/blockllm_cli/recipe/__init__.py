@@ -1,0 +1,1 @@
+"""Recipes: TOML text to a checked, frozen description of one run."""
