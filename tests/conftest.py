@@ -1,0 +1,71 @@
+"""Fixtures shared by the whole suite: golden numbers, real text where there is any, a tiny corpus."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+WITHOUT_REAL_TEXT = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[WITHOUT_REAL_TEXT] = []
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Say how many tests found no real text, so that a green run cannot hide that they did not run."""
+    missing = config.stash[WITHOUT_REAL_TEXT]
+    terminalreporter.write_line(f"tests that found no real text (BLOCKLLM_SHARED): {len(missing)}")
+
+
+@pytest.fixture
+def shared_dir(request: pytest.FixtureRequest) -> Path:
+    """Folder with `data/realtext` and `data/awkward`: $BLOCKLLM_SHARED, else the folder `shared` beside the checkout."""
+    named = os.environ.get("BLOCKLLM_SHARED")
+    place = Path(named) if named else Path(__file__).parents[2] / "shared"
+    if not (place / "data" / "realtext").is_dir():
+        request.config.stash[WITHOUT_REAL_TEXT].append(request.node.nodeid)
+        pytest.skip(f"no real text: {place} has no data/realtext; set BLOCKLLM_SHARED to a folder that has it")
+    return place
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict]:
+    """Read tests/golden/<name>.safetensors: recorded inputs and outputs of public implementations."""
+    from safetensors.torch import load_file
+
+    def read(name: str) -> dict:
+        return load_file(GOLDEN / f"{name}.safetensors")
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train-0/1/2.jsonl and validation.jsonl: 360 + 40 short documents that carry their own number."""
+    folder = tmp_path_factory.mktemp("tiny-corpus")
+    draw = random.Random(17)
+    nouns = "river stone garden letter window doctor market winter engine valley teacher morning".split()
+    verbs = "sees keeps follows remembers crosses paints answers carries".split()
+    places = ["near the old mill", "in the north", "before dawn", "without a word", "for the third time"]
+
+    def document(number: int) -> str:
+        sentences = [f"Document {number} begins."]
+        for _ in range(draw.randint(1, 9)):
+            sentences.append(
+                f"The {draw.choice(nouns)} {draw.choice(verbs)} the {draw.choice(nouns)} {draw.choice(places)}."
+            )
+        return " ".join(sentences)
+
+    for shard in range(3):
+        lines = [json.dumps({"text": document(shard * 120 + i)}) for i in range(120)]
+        (folder / f"train-{shard}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [json.dumps({"text": document(10_000 + i)}) for i in range(40)]
+    (folder / "validation.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
