@@ -51,6 +51,10 @@ class StorageError(BlockLLMError):
     exit_code = ExitCode.STORAGE
 
 
+class StopRequested(Exception):  # noqa: N818  a request, as StopIteration is, and not an error
+    """`should_stop` became true; whoever took the signal makes an `InterruptedRunError` of it."""
+
+
 class InterruptedRunError(BlockLLMError):
     """SIGINT or SIGTERM asked the run to stop; what could be saved has been (code 128 + signal)."""
 
