@@ -1,0 +1,216 @@
+"""The Llama architecture in plain PyTorch, with the parameter names and the numerics of Hugging Face's.
+
+Letters: B rows, L positions, D hidden size, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blockllm_cli.model.batch import Batch
+from blockllm_cli.model.config import LlamaConfig
+from blockllm_cli.model.loss import chunked_nll, token_nll
+from blockllm_cli.model.roles import role_of
+from blockllm_cli.model.rotary import Rotary, Turn, turned
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (Zhang and Sennrich, arXiv 1910.07467): statistics in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of `x` (any dtype)."""
+        wide = x.float()
+        factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * factor).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key and value heads."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.is_grouped = config.num_key_value_heads != config.num_attention_heads
+        key_value = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, turn: Turn, mask: Tensor | None) -> Tensor:
+        """Attend within `x` (B, L, D); `mask` as `attention_mask` makes it."""
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        query = turned(self.q_proj(x).view(heads), turn).transpose(1, 2)
+        key = turned(self.k_proj(x).view(heads), turn).transpose(1, 2)
+        value = self.v_proj(x).view(heads).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.is_grouped
+        )
+        return cast(Tensor, self.o_proj(mixed.transpose(1, 2).reshape(x.shape)))
+
+
+class MLP(nn.Module):
+    """The gated MLP: down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each position of `x` (B, L, D)."""
+        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each after a norm and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, turn: Turn, mask: Tensor | None) -> Tensor:
+        """Add this layer's two terms to the residual stream `x` (B, L, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), turn, mask)
+        return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))
+
+
+class LlamaModel(nn.Module):
+    """Everything but the head.
+
+    Args:
+        config: the architecture.
+        checkpoint_activations: keep only the input of each layer for the backward pass and run the layer again there.
+    """
+
+    def __init__(self, config: LlamaConfig, *, checkpoint_activations: bool = False) -> None:
+        super().__init__()
+        self.checkpoint_activations = checkpoint_activations
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config.head_dim, config.rope_theta)
+
+    def forward(self, input_ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Final hidden states (B, L, D), after the norm, of `input_ids` (B, L); `documents` as in `Batch`."""
+        x = cast(Tensor, self.embed_tokens(input_ids))
+        turn = self.rotary.turn(input_ids.shape[1], x.device, x.dtype)
+        mask = None if documents is None else attention_mask(documents, x.dtype)
+        for layer in self.layers:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, turn, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, turn, mask)
+        return cast(Tensor, self.norm(x))
+
+
+class LlamaForCausalLM(nn.Module):
+    """The model with its head; `build_model` gives it its initial weights.
+
+    Args:
+        config: the architecture.
+        checkpoint_activations: see `LlamaModel`.
+    """
+
+    def __init__(self, config: LlamaConfig, *, checkpoint_activations: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config, checkpoint_activations=checkpoint_activations)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """The head, (V, D): `lm_head.weight`, or the embedding if they are tied."""
+        return cast(nn.Parameter, (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight)
+
+    def forward(self, input_ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V) of every position; `loss` and `row_nll` do without them."""
+        return F.linear(self.model(input_ids, documents), self.head_weight)
+
+    def loss(self, batch: Batch, *, scale: float) -> tuple[Tensor, Tensor]:
+        """`scale` times the negative log likelihood of the batch's targets, and its sum; see `chunked_nll`."""
+        return chunked_nll(self._target_states(batch), self.head_weight, batch.targets, scale=scale)
+
+    @torch.inference_mode()
+    def row_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Negative log likelihood of each row, (B,) float64, from fp32 token losses; and its targets, (B,) int64."""
+        losses = token_nll(self._target_states(batch), self.head_weight, batch.targets)
+        shape = batch.input_ids.shape
+        # Written by position and summed along rows: unlike adding by row index, the same on every run on every device.
+        spread = torch.zeros(shape, dtype=torch.float64, device=losses.device)
+        spread.view(-1)[batch.positions] = losses.double()
+        counts = torch.zeros(shape, dtype=torch.int64, device=losses.device)
+        counts.view(-1)[batch.positions] = 1
+        return spread.sum(1), counts.sum(1)
+
+    def _target_states(self, batch: Batch) -> Tensor:
+        """Hidden states (T, D) of the positions that have a target; no copy if all have."""
+        hidden = self.model(batch.input_ids, batch.documents).flatten(0, 1)
+        if batch.num_targets == hidden.shape[0]:
+            return cast(Tensor, hidden)
+        return cast(Tensor, hidden.index_select(0, batch.positions))
+
+
+def attention_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to attention scores so that a position sees its own document up to itself: (B, 1, L, L) of 0, -inf.
+
+    Made once per batch in the dtype of the queries: a boolean mask would be turned into this one by every layer, and
+    every layer's copy would be kept for the backward pass.
+
+    Args:
+        documents: (B, L), index of the document of each position.
+        dtype: dtype of the queries.
+    """
+    length = documents.shape[1]
+    visible = documents.unsqueeze(2) == documents.unsqueeze(1)
+    visible &= torch.ones(length, length, dtype=torch.bool, device=documents.device).tril_()
+    mask = torch.zeros(visible.shape, dtype=dtype, device=documents.device)
+    return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+
+
+def build_model(
+    config: LlamaConfig,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    checkpoint_activations: bool = False,
+) -> LlamaForCausalLM:
+    """A model whose matrices are drawn from N(0, initializer_range) and whose norms are 1.
+
+    A matrix depends on `seed`, its name and its shape alone: it is drawn in fp32 on the CPU, then rounded to `dtype`
+    and moved to `device`, one at a time, so that at most one fp32 matrix exists beside the model.
+    """
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config, checkpoint_activations=checkpoint_activations)
+    for name, placeholder in list(model.named_parameters()):
+        if role_of(name) == "norm":
+            values = torch.ones(placeholder.shape)
+        else:
+            values = _normal(placeholder.shape, config.initializer_range, seed, name)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(values.to(device=device, dtype=dtype)))
+    return model
+
+
+def _normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -1,0 +1,152 @@
+"""Negative log likelihood of target tokens straight from hidden states and head, without the logits of a whole batch.
+
+Only the logits of one chunk of tokens exist at a time. In training the gradients of hidden states and head are made
+in the forward pass, while a chunk's logits are at hand, so that nothing of size tokens x vocabulary outlives its chunk
+and no product is done twice. The log-sum-exp is taken in fp32 whatever the dtype of the product.
+
+Letters: N tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 32 * 2**20
+"""Aim for the logits of one chunk, in bytes of the product's dtype; `bench/loss.py` has the measurements."""
+
+_CACHE_BYTES = 2**20
+"""On CPU the fp32 softmax works on groups of rows of this size, which stay in a core's second-level cache."""
+
+
+def chunk_tokens(vocab_size: int, element_bytes: int) -> int:
+    """Tokens per chunk, so that logits of `vocab_size` columns stay within `CHUNK_BYTES`."""
+    return max(1, CHUNK_BYTES // (vocab_size * element_bytes))
+
+
+def chunked_nll(
+    hidden: Tensor, head: Tensor, targets: Tensor, *, scale: float, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scaled sum of the negative log likelihoods, to be differentiated once, and the plain sum.
+
+    A head or hidden states that need no gradient get no product for one; without any, or where gradients are off,
+    only the value is computed.
+
+    Args:
+        hidden: (N, D), final hidden states of the positions that have a target.
+        head: (V, D), dtype of `hidden`.
+        targets: (N,) int64.
+        scale: factor of the first result, such as 1 / target tokens of the whole batch.
+        chunk: tokens per chunk; by default as many as `chunk_tokens` says.
+
+    Returns:
+        `scale` times the sum (fp32 scalar, differentiable) and the sum (float64 scalar of the fp32 token losses,
+        detached).
+    """
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
+        loss, total = _ChunkedNLL.apply(hidden, head, targets, scale, chunk)  # type: ignore[no-untyped-call]
+        return loss, total
+    total = token_nll(hidden, head, targets, chunk).sum(dtype=torch.float64)
+    return (total * scale).float(), total
+
+
+@torch.no_grad()
+def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+    """Negative log likelihood of each target, (N,) fp32; arguments as in `chunked_nll`, nothing is differentiated."""
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+    for part in _chunks(hidden, head, chunk):
+        _log_softmax_step(hidden[part] @ head.t(), targets[part], losses[part], gradient_scale=None)
+    return losses
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    """The sum as a function of hidden states and head; its backward hands out what the forward has made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, scale: float, chunk: int | None
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        parts = _chunks(hidden, head, chunk)
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        # Sums over chunks are kept in fp32: each addition in bf16 would round the whole head gradient once more.
+        head_gradient = None
+        losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+        for part in parts:
+            logits = hidden[part] @ head.t()
+            _log_softmax_step(logits, targets[part], losses[part], gradient_scale=scale)
+            if hidden_gradient is not None:
+                torch.mm(logits, head, out=hidden_gradient[part])
+            if needs_head:
+                head_gradient = _add_product(head_gradient, logits, hidden[part], single=len(parts) == 1)
+        if needs_head:
+            head_gradient = torch.zeros_like(head) if head_gradient is None else head_gradient.to(head.dtype)
+        ctx.gradients = (hidden_gradient, head_gradient)
+        total = losses.sum(dtype=torch.float64)
+        ctx.mark_non_differentiable(total)
+        return (total * scale).float(), total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of chunked_nll are handed out once; call it again for a second backward")
+        # The context lets go of the buffers, so that autograd can make them `parameter.grad` without a copy.
+        hidden_gradient, head_gradient = ctx.gradients
+        ctx.gradients = None
+        # Reading the factor costs nothing on CPU; elsewhere it would wait for the device, so it is multiplied in.
+        if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
+            for gradient in (hidden_gradient, head_gradient):
+                if gradient is not None:
+                    gradient.mul_(grad_loss)
+        return hidden_gradient, head_gradient, None, None, None
+
+
+def _chunks(hidden: Tensor, head: Tensor, chunk: int | None) -> list[slice]:
+    """Slices of nearly equal length, at most `chunk` tokens each, that cover all tokens."""
+    tokens = hidden.shape[0]
+    limit = chunk if chunk is not None else chunk_tokens(head.shape[0], head.element_size())
+    count = -(-tokens // limit)
+    bounds = [tokens * index // count for index in range(count + 1)] if count else [0]
+    return [slice(start, end) for start, end in pairwise(bounds)]
+
+
+def _add_product(total: Tensor | None, logits: Tensor, hidden: Tensor, *, single: bool) -> Tensor:
+    """`total` + logits^T hidden, (V, D); fp32 unless this is the `single` chunk."""
+    if total is None:
+        product = logits.t() @ hidden
+        return product if single else product.float()
+    if total.dtype == logits.dtype:
+        return total.addmm_(logits.t(), hidden)
+    return total.add_(logits.t() @ hidden)
+
+
+def _log_softmax_step(logits: Tensor, targets: Tensor, losses: Tensor, *, gradient_scale: float | None) -> None:
+    """Write the token losses of one chunk; with `gradient_scale`, replace `logits` by the gradient of the scaled sum.
+
+    Args:
+        logits: (n, V), any float dtype; overwritten.
+        targets: (n,) int64.
+        losses: (n,) fp32, written.
+        gradient_scale: factor of softmax - onehot; None leaves undefined values in `logits`.
+    """
+    vocab_size = logits.shape[1]
+    rows = max(1, _CACHE_BYTES // (4 * vocab_size)) if logits.device.type == "cpu" else logits.shape[0]
+    for start in range(0, logits.shape[0], max(rows, 1)):
+        part = slice(start, start + rows)
+        values = logits[part].float()  # the logits themselves if they are fp32
+        column = targets[part].unsqueeze(1)
+        largest = values.amax(1, keepdim=True)
+        values.sub_(largest)
+        at_target = values.gather(1, column)
+        sums = values.exp_().sum(1, keepdim=True)
+        torch.sub(sums.log(), at_target, out=losses[part].unsqueeze(1))
+        if gradient_scale is not None:
+            values.mul_(gradient_scale / sums)
+            values.scatter_add_(1, column, torch.full_like(at_target, -gradient_scale))
+            if values.dtype != logits.dtype:
+                logits[part].copy_(values)
