@@ -1,0 +1,48 @@
+"""`blockllm pretrain`: train a Llama from a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from blockllm_cli.commands.options import MethodOption, SetOption
+
+
+def pretrain(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="Recipe file, or the name of a shipped one (see `blockllm recipes list`)."),
+    ] = None,
+    method: MethodOption = None,
+    set_: SetOption = None,
+    output: Annotated[str | None, typer.Option(help="Folder for runs; short for --set run.output=DIR.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; short for --set run.name=NAME.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE",
+            help="Go on with a run: `latest` (newest of this recipe's name), `latest-good` (an older checkpoint if "
+            "the newest is damaged), or the folder of a run.",
+        ),
+    ] = None,
+    stop_after: Annotated[
+        int | None, typer.Option(metavar="UPDATE", help="Save and stop after this update; resume goes on from there.")
+    ] = None,
+) -> None:
+    """Train a Llama from a recipe; the last line printed is the run folder.
+
+    Example: blockllm pretrain quickstart --set schedule.steps=100 --method adamw:weight_decay=0.1
+    """
+    from blockllm_cli.commands.closing import show_outcome
+    from blockllm_cli.runner.pretrain import PretrainRequest, pretrain
+    from blockllm_cli.tracking.terminal import Terminal
+
+    overrides = list(set_ or [])
+    overrides += [f"run.output={output}"] if output is not None else []
+    overrides += [f"run.name={name}"] if name is not None else []
+    request = PretrainRequest(recipe, overrides, method, resume, stop_after)
+    with Terminal() as terminal:
+        folder = pretrain(request, terminal)
+        show_outcome(folder, terminal)
+    print(folder)

@@ -1,0 +1,108 @@
+"""Files that are either whole or not there: written beside, synced, renamed.
+
+Every failure of the disk on the way becomes a `StorageError` that names the path and the space left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from blockllm_cli.errors import StorageError
+from blockllm_cli.units import format_bytes
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path, doing: str) -> Iterator[None]:
+    """Turn an OSError inside the block into a StorageError such as "cannot write PATH: no space left (12 MiB free)".
+
+    Args:
+        path: what is written, named in the message.
+        doing: the verb, such as "write".
+    """
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, doing, error) from error
+
+
+def storage_error(path: Path, doing: str, error: OSError) -> StorageError:
+    """The message for one failure of the disk, with what can be done about it."""
+    reason = error.strerror or str(error)
+    advice = {
+        errno.ENOSPC: "free some space, or write elsewhere with --output",
+        errno.EDQUOT: "the quota is used up: free some space, or write elsewhere with --output",
+        errno.EFBIG: "the process may not write files this large (ulimit -f)",
+        errno.EROFS: "the file system is read-only: write elsewhere with --output",
+        errno.EACCES: "no permission: write elsewhere with --output",
+    }.get(error.errno or 0, "check the disk, or write elsewhere with --output")
+    return StorageError(f"cannot {doing} {path}: {reason} ({_free_space(path)}); {advice}")
+
+
+def _free_space(path: Path) -> str:
+    for folder in (path, *path.parents):
+        try:
+            return f"{format_bytes(shutil.disk_usage(folder).free)} free"
+        except OSError:
+            continue
+    return "free space unknown"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put `content` at `path`, replacing what is there, whole or not at all.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path, "write"):
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+            sync_folder(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    """`write_bytes` for text, as UTF-8 whatever the locale."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` for a JSON value, indented; not-a-number and infinities are refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

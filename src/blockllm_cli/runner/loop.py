@@ -1,0 +1,248 @@
+"""Between the trainer and the disk: which update is logged, evaluated, saved, and where a run stops."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from blockllm_cli import metrics
+from blockllm_cli.data.stream import RowStream
+from blockllm_cli.errors import InterruptedRunError, StopRequested
+from blockllm_cli.memory.measure import MemoryMeter, process_memory
+from blockllm_cli.recipe.sections import Recipe
+from blockllm_cli.recipe.steps import total_steps
+from blockllm_cli.tracking.run_folder import EVENTS, METRICS, ROWS, JsonLines, RunFolder
+from blockllm_cli.tracking.terminal import Terminal
+from blockllm_cli.training.checkpoint import save_checkpoint
+from blockllm_cli.training.evaluation import Evaluation, Evaluator, unigram_perplexity
+from blockllm_cli.training.random_state import random_state
+from blockllm_cli.training.signals import StopFlag
+from blockllm_cli.training.trainer import StepReport, Trainer
+
+
+@dataclass
+class Observed:
+    """What the loop has seen and a resumed run must still know, plain values only.
+
+    Attributes:
+        best_perplexity: lowest validation perplexity so far.
+        best_step: when that was.
+        skipped: updates skipped for a non-finite value.
+        train_loss: loss of the newest update.
+        evaluation: figures of the newest evaluation, as in metrics.jsonl.
+        pending_row: a row whose evaluation a stop cut short; the resumed run evaluates and writes it first.
+    """
+
+    best_perplexity: float | None = None
+    best_step: int | None = None
+    skipped: int = 0
+    train_loss: float | None = None
+    evaluation: metrics.Row = field(default_factory=dict)
+    pending_row: metrics.Row | None = None
+
+    @classmethod
+    def restore(cls, saved: dict[str, Any]) -> Observed:
+        """From a checkpoint's plain values."""
+        return cls(**saved)
+
+
+@dataclass
+class _Window:
+    """Figures since the last logged row, for the throughput of this process."""
+
+    targets: int = 0
+    slots: int = 0
+    seconds: float = 0.0
+    updates: int = 0
+
+
+class Loop:
+    """Drives one trainer and writes what it reports. `run` returns, or raises what ended it."""
+
+    def __init__(
+        self,
+        *,
+        trainer: Trainer,
+        evaluator: Evaluator,
+        stream: RowStream,
+        meter: MemoryMeter,
+        folder: RunFolder,
+        terminal: Terminal,
+        recipe: Recipe,
+        stop: StopFlag,
+        stop_after: int | None,
+        observed: Observed,
+    ) -> None:
+        self.trainer = trainer
+        self.evaluator = evaluator
+        self.meter = meter
+        self.observed = observed
+        self.stopped_early = False
+        self.step_seconds: list[float] = []
+        self.process_targets = 0
+        self._stream = stream
+        self._folder = folder
+        self._terminal = terminal
+        self._recipe = recipe
+        self._stop = stop
+        self._stop_after = stop_after
+        self._steps = total_steps(recipe)
+        self._started = time.perf_counter()
+        self._window = _Window()
+        self._metrics = JsonLines(folder.path / METRICS)
+        self._events = JsonLines(folder.path / EVENTS)
+        self._rows = JsonLines(folder.path / ROWS) if recipe.tracking.log_rows else None
+        self._validation_counts = np.bincount(
+            evaluator.rows.target_ids(), minlength=len(trainer.state.unigram_counts)
+        )
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.trainer.state.step
+
+    def run(self) -> None:
+        """Train until the schedule, the data, `--stop-after` or a signal ends it.
+
+        Raises:
+            InterruptedRunError: a signal asked for the stop; a checkpoint is on disk.
+            BlockLLMError: everything else that ends a run before its time.
+        """
+        self._terminal.start_live(steps=self._steps, done=self.step)
+        try:
+            self._begin()
+            for report in self.trainer.updates():
+                self._observe(report)
+                if self._is_enough(report):
+                    return
+        except StopRequested as error:
+            self._save()
+            assert self._stop.signal_number is not None
+            raise InterruptedRunError(
+                f"stopped at update {self.step} and saved; continue with: "
+                f"blockllm pretrain --resume {self._folder.path}",
+                self._stop.signal_number,
+            ) from error
+        finally:
+            self._terminal.stop_live()
+            for file in (self._metrics, self._events, self._rows):
+                if file is not None:
+                    file.close()
+
+    def _begin(self) -> None:
+        if self.observed.pending_row is not None:
+            self._evaluate_and_log(self.observed.pending_row)
+        elif self.step == 0 and self._recipe.evaluate.at_start:
+            self._evaluate_and_log(metrics.counter_row(self.trainer.state))
+
+    def _observe(self, report: StepReport) -> None:
+        self._count(report)
+        for event in report.events:
+            self._events.append({"step": report.step, **event})
+            if event["kind"] in ("bad_document", "skip", "exhausted"):
+                self._terminal.say(f"update {report.step}: {_plain(event)}")
+        if self._rows is not None:
+            self._rows.append({"step": report.step, "documents": [list(labels) for labels in report.labels]})
+        self._terminal.advance(report.step)
+        self._warn_of_rounding(report)
+        recipe = self._recipe
+        is_logged = report.is_last or report.step % recipe.tracking.log_every == 0
+        is_evaluated = report.is_last or (recipe.evaluate.every > 0 and report.step % recipe.evaluate.every == 0)
+        if is_logged or is_evaluated:
+            row = metrics.counter_row(self.trainer.state) | metrics.train_row(report) | self._throughput()
+            if is_evaluated:
+                self._evaluate_and_log(row)
+            else:
+                self._log(row)
+        every = recipe.checkpoint.every
+        if report.is_last or (every > 0 and report.step % every == 0) or report.step == self._stop_after:
+            self._save()
+
+    def _count(self, report: StepReport) -> None:
+        self.observed.train_loss = metrics.train_row(report)[metrics.LOSS]
+        self.observed.skipped += report.skipped
+        self.step_seconds.append(report.seconds)
+        self.process_targets += report.targets
+        window = self._window
+        window.targets += report.targets
+        window.slots += report.slots
+        window.seconds += report.seconds
+        window.updates += 1
+
+    def _is_enough(self, report: StepReport) -> bool:
+        self.stopped_early = report.step == self._stop_after and not report.is_last
+        return self.stopped_early
+
+    def _throughput(self) -> metrics.Row:
+        window, self._window = self._window, _Window()
+        row = metrics.throughput_row(
+            targets=window.targets, slots=window.slots, seconds=window.seconds, updates=window.updates
+        )
+        row[metrics.DATA_WAIT_SECONDS] = self._stream.waited_seconds
+        return row
+
+    def _evaluate_and_log(self, row: metrics.Row) -> None:
+        self.observed.pending_row = row
+        started = time.perf_counter()
+        evaluation = self.evaluator.evaluate(self.trainer.model, self._stop)
+        self.observed.pending_row = None
+        figures = metrics.evaluation_row(evaluation, self._unigram())
+        self._note_best(evaluation)
+        self.observed.evaluation = figures
+        self._log(row | figures | {metrics.EVAL_SECONDS: time.perf_counter() - started})
+
+    def _unigram(self) -> float:
+        return unigram_perplexity(self.trainer.state.unigram_counts, self._validation_counts)
+
+    def _note_best(self, evaluation: Evaluation) -> None:
+        best = self.observed.best_perplexity
+        if best is None or evaluation.perplexity < best:
+            self.observed.best_perplexity = evaluation.perplexity
+            self.observed.best_step = self.step
+
+    def _log(self, row: metrics.Row) -> None:
+        row = row | metrics.memory_row(self.meter.by_category(), process_memory())
+        row[metrics.ELAPSED_SECONDS] = time.perf_counter() - self._started
+        self._metrics.append(row)
+        self._terminal.row(row)
+
+    def _warn_of_rounding(self, report: StepReport) -> None:
+        if report.unchanged is not None and report.unchanged > 0.5 and report.step == self._recipe.tracking.log_every:
+            self._terminal.say(
+                f"warning: rounding to bf16 kept {report.unchanged:.0%} of the written weights as they were at update "
+                f'{report.step}; run.precision = "bf16_master" or run.rounding = "stochastic" keeps such small steps'
+            )
+
+    def _save(self) -> None:
+        """Checkpoint the state after the last finished update; what was logged up to it is made durable first."""
+        for file in (self._metrics, self._events, self._rows):
+            if file is not None:
+                file.sync()
+        state, method = self.trainer.state, self.trainer.method
+        started = time.perf_counter()
+        folder = save_checkpoint(
+            self._folder.checkpoints,
+            step=state.step,
+            weights=dict(self.trainer.model.named_parameters()),
+            method_state=method.state_dict(),
+            state={
+                "tokens": state.tokens,
+                "slots": state.slots,
+                "rows_digest": state.rows_digest.hex(),
+                "unigram_counts": state.unigram_counts.tolist(),
+                "data": state.data,
+                "observed": asdict(self.observed),
+                "memory_peaks": self.meter.peaks,
+                "random": random_state(),
+            },
+            keep=self._recipe.checkpoint.keep,
+        )
+        self._terminal.record(f"saved {folder.name} in {time.perf_counter() - started:.2f} s")
+
+
+def _plain(event: dict[str, Any]) -> str:
+    rest = ", ".join(f"{name} {value}" for name, value in event.items() if name != "kind")
+    return f"{event['kind'].replace('_', ' ')}: {rest}"

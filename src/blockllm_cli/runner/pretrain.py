@@ -1,0 +1,309 @@
+"""`blockllm pretrain`, assembled: where it starts, what it builds, how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from blockllm_cli.data.stream import RowStream
+from blockllm_cli.durable import write_bytes, write_json, write_text
+from blockllm_cli.errors import BlockLLMError, InterruptedRunError, RecipeError, StopRequested
+from blockllm_cli.memory.measure import MemoryMeter
+from blockllm_cli.memory.plan import Plan, plan_run
+from blockllm_cli.methods.base import Method, Setting
+from blockllm_cli.methods.resolve import Resolved, resolve
+from blockllm_cli.model.build import build_model
+from blockllm_cli.model.llama import LlamaForCausalLM
+from blockllm_cli.model.weights import load_weights
+from blockllm_cli.recipe.availability import refuse_unavailable
+from blockllm_cli.recipe.dump import dump_recipe
+from blockllm_cli.recipe.load import LoadedRecipe, load_recipe
+from blockllm_cli.recipe.steps import total_steps, warmup_steps
+from blockllm_cli.runner.inputs import Inputs, prepare_inputs
+from blockllm_cli.runner.loop import Loop, Observed
+from blockllm_cli.runner.machine import Machine, choose_machine, choose_precision, describe_environment, on_machine
+from blockllm_cli.runner.resume import LATEST_GOOD, check_comparable, folder_to_resume
+from blockllm_cli.runner.summary import Outcome, write_summary
+from blockllm_cli.tracking.run_folder import ENVIRONMENT, PLAN, RECIPE, TOKENIZER, RunFolder
+from blockllm_cli.tracking.terminal import Terminal
+from blockllm_cli.training.checkpoint import Checkpoint, find_checkpoint
+from blockllm_cli.training.evaluation import PAPER_BATCHES, Evaluator
+from blockllm_cli.training.random_state import restore_random_state, seed_random_state
+from blockllm_cli.training.schedule import Schedule
+from blockllm_cli.training.signals import StopFlag
+from blockllm_cli.training.trainer import Trainer, TrainerSettings, TrainState
+
+
+@dataclass(frozen=True)
+class PretrainRequest:
+    """What the command line asks for.
+
+    Attributes:
+        recipe: file or name of a shipped recipe; may be None when `resume` is the folder of a run.
+        overrides: `table.key=value` texts, later ones win.
+        method: `NAME[:key=value,...]`, replaces the [method] table.
+        resume: `latest`, `latest-good` or the folder of a run.
+        stop_after: save and stop after this update.
+    """
+
+    recipe: str | None
+    overrides: Sequence[str] = ()
+    method: str | None = None
+    resume: str | None = None
+    stop_after: int | None = None
+
+
+def pretrain(request: PretrainRequest, terminal: Terminal) -> Path:
+    """Run or resume what `request` says and return the run folder.
+
+    Raises:
+        BlockLLMError: every expected failure, each with its exit code.
+    """
+    loaded, folder = _open(request)
+    resolved = resolve(loaded)
+    refuse_unavailable(loaded)
+    if folder is not None:
+        saved = load_recipe(str(folder.path / RECIPE)).recipe
+        for note in check_comparable(saved, resolved.recipe, folder.path):
+            terminal.say(f"note: {note}")
+        resolved = resolved.with_precision(saved.run.precision)
+        summary = folder.summary()
+        if summary is not None and summary["status"] == "completed":
+            terminal.say(f"this run is complete: {summary['steps']} updates, perplexity {summary['perplexity']}")
+            return folder.path
+    _check_stop_after(request, resolved)
+    machine = choose_machine(loaded)
+    with StopFlag() as stop, on_machine(machine), contextlib.ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(folder.locked())
+        try:
+            inputs = prepare_inputs(resolved, folder, terminal, stop)
+        except StopRequested as error:
+            raise _interrupted("before the first update; nothing was written", stop, None) from error
+        return _Run(request, resolved, machine, inputs, terminal, stop).carry_out(folder, stack)
+
+
+def _open(request: PretrainRequest) -> tuple[LoadedRecipe, RunFolder | None]:
+    loaded = None
+    if request.recipe is not None:
+        loaded = load_recipe(request.recipe, overrides=request.overrides, method=request.method)
+    if request.resume is None:
+        if loaded is None:
+            raise RecipeError("name a recipe: a file, or one of `blockllm recipes list`")
+        return loaded, None
+    folder = folder_to_resume(request.resume, loaded)
+    if loaded is None:
+        loaded = load_recipe(str(folder.path / RECIPE), overrides=request.overrides, method=request.method)
+    return loaded, folder
+
+
+def _check_stop_after(request: PretrainRequest, resolved: Resolved) -> None:
+    if request.stop_after is not None and not 0 < request.stop_after <= total_steps(resolved.recipe):
+        raise RecipeError(
+            f"--stop-after {request.stop_after}: the run has updates 1 to {total_steps(resolved.recipe)}"
+        )
+
+
+def _interrupted(where: str, stop: StopFlag, folder: Path | None) -> InterruptedRunError:
+    assert stop.signal_number is not None
+    way = f"continue with: blockllm pretrain --resume {folder}" if folder else "run the same command again"
+    return InterruptedRunError(f"stopped {where}; {way}", stop.signal_number)
+
+
+class _Run:
+    """One process's share of a run, from prepared inputs to the summary."""
+
+    def __init__(
+        self,
+        request: PretrainRequest,
+        resolved: Resolved,
+        machine: Machine,
+        inputs: Inputs,
+        terminal: Terminal,
+        stop: StopFlag,
+    ) -> None:
+        self.request = request
+        self.machine = machine
+        self.inputs = inputs
+        self.terminal = terminal
+        self.stop = stop
+        recipe = resolved.recipe
+        self.precision, note = choose_precision(
+            recipe.run.precision, recipe.run.rounding, recipe.method.get("state_dtype"), machine.device
+        )
+        if note:
+            terminal.say(note)
+        self.resolved = resolved.with_precision(self.precision.name, note)
+        self.recipe = self.resolved.recipe
+        rows, micro = self.recipe.batch.rows, self.recipe.batch.micro_rows or self.recipe.batch.rows
+        self.micro_rows = micro
+        self.method: Method = resolved.method_class(
+            resolved.options, Setting(resolved.method_seed, self.precision, micro_batches=rows // micro)
+        )
+        self.plan: Plan = plan_run(inputs.config.parameter_shapes(), self.method, self.precision)
+
+    def carry_out(self, folder: RunFolder | None, stack: contextlib.ExitStack) -> Path:
+        """Build, train, and leave a summary whatever happens."""
+        resumed = folder is not None
+        if folder is None:
+            folder = RunFolder.create(Path(self.recipe.run.output), self.recipe.run.name)
+            stack.enter_context(folder.locked())
+            self._write_start(folder)
+        checkpoint = None
+        if resumed:
+            checkpoint = find_checkpoint(folder.checkpoints, fall_back=self.request.resume == LATEST_GOOD)
+            folder.cut(
+                checkpoint.step if checkpoint else -1,
+                row_pending=checkpoint is not None and checkpoint.state["observed"]["pending_row"] is not None,
+            )
+        self.terminal.log_to(folder.open_log())
+        self.terminal.say(f"run folder: {folder.path}")
+        if resumed:
+            self.terminal.say(
+                f"resuming at update {checkpoint.step}" if checkpoint else "no checkpoint yet: starting at update 0"
+            )
+        loop: Loop | None = None
+        try:
+            with self._stream(checkpoint) as stream:
+                loop = self._loop(folder, checkpoint, stream)
+                loop.run()
+        except BaseException as error:
+            self._write_failure(folder, loop, error)
+            raise
+        return self._finish(folder, loop)
+
+    def _write_start(self, folder: RunFolder) -> None:
+        write_bytes(folder.path / TOKENIZER, self.inputs.tokenizer.model_bytes)
+        write_json(folder.path / ENVIRONMENT, describe_environment(self.machine))
+        write_json(folder.path / PLAN, self.plan.to_json())
+        # The recipe comes last: a folder with a recipe is a run that can be resumed.
+        write_text(folder.path / RECIPE, dump_recipe(self.recipe, self.resolved.comments))
+
+    @contextlib.contextmanager
+    def _stream(self, checkpoint: Checkpoint | None) -> Iterator[RowStream]:
+        stream = RowStream(
+            self.inputs.train,
+            self.inputs.tokenizer,
+            settings=self.inputs.settings,
+            state=checkpoint.state["data"] if checkpoint else None,
+            should_stop=self.stop,
+        )
+        try:
+            yield stream
+        finally:
+            stream.close()
+
+    def _loop(self, folder: RunFolder, checkpoint: Checkpoint | None, stream: RowStream) -> Loop:
+        model = self._model(checkpoint)
+        self.method.prepare(model)
+        state = self._train_state(checkpoint, stream)
+        if checkpoint is not None:
+            self.method.load_state_dict(checkpoint.method())
+            restore_random_state(checkpoint.state["random"])
+        else:
+            seed_random_state(self.resolved.method_seed)
+        meter = MemoryMeter(model, self.method, checkpoint.state["memory_peaks"] if checkpoint else None)
+        schedule = self.recipe.schedule
+        assert schedule.learning_rate is not None  # filled when the recipe was resolved
+        settings = TrainerSettings(
+            steps=total_steps(self.recipe),
+            rows=self.recipe.batch.rows,
+            micro_rows=self.micro_rows,
+            learning_rate=schedule.learning_rate,
+            dense_rate=schedule.learning_rate if schedule.dense_rate is None else schedule.dense_rate,
+            clip=schedule.clip or 0.0,
+            on_nonfinite=self.recipe.run.on_nonfinite,
+            log_every=self.recipe.tracking.log_every,
+            device=self.machine.device,
+        )
+        factor = Schedule(schedule.shape, settings.steps, warmup_steps(self.recipe), schedule.min_ratio)
+        trainer = Trainer(
+            model, self.method, factor, stream, settings, state, probe=meter, should_stop=self.stop
+        )
+        return Loop(
+            trainer=trainer,
+            evaluator=self._evaluator(),
+            stream=stream,
+            meter=meter,
+            folder=folder,
+            terminal=self.terminal,
+            recipe=self.recipe,
+            stop=self.stop,
+            stop_after=self.request.stop_after,
+            observed=Observed.restore(checkpoint.state["observed"]) if checkpoint else Observed(),
+        )
+
+    def _model(self, checkpoint: Checkpoint | None) -> LlamaForCausalLM:
+        seed = self.recipe.model.seed
+        assert seed is not None  # filled when the recipe was resolved
+        model = build_model(
+            self.inputs.config,
+            seed=seed,
+            dtype=self.precision.weights,
+            device=self.machine.device,
+            checkpoint_activations=self.recipe.model.checkpoint_activations,
+        )
+        if checkpoint is not None:
+            load_weights(model, checkpoint.weights())
+        return model
+
+    def _train_state(self, checkpoint: Checkpoint | None, stream: RowStream) -> TrainState:
+        if checkpoint is None:
+            counts = np.zeros(self.inputs.config.vocab_size, dtype=np.int64)
+            return TrainState(0, 0, 0, b"", counts, stream.state())
+        saved = checkpoint.state
+        return TrainState(
+            step=checkpoint.step,
+            tokens=saved["tokens"],
+            slots=saved["slots"],
+            rows_digest=bytes.fromhex(saved["rows_digest"]),
+            unigram_counts=np.array(saved["unigram_counts"], dtype=np.int64),
+            data=saved["data"],
+        )
+
+    def _evaluator(self) -> Evaluator:
+        evaluate, model = self.recipe.evaluate, self.recipe.model
+        rows, ranks = PAPER_BATCHES.get(model.size or "", (evaluate.rows, 1))
+        return Evaluator(
+            rows=self.inputs.validation,
+            batch_rows=evaluate.rows,
+            legacy_rows=evaluate.legacy_rows or rows,
+            legacy_ranks=evaluate.legacy_ranks or ranks,
+            device=self.machine.device,
+        )
+
+    def _finish(self, folder: RunFolder, loop: Loop) -> Path:
+        status = "stopped" if loop.stopped_early else "completed"
+        message = f"stopped after update {loop.step}, as asked" if loop.stopped_early else "completed"
+        write_summary(folder, self._outcome(status, 0, message, loop))
+        if loop.stopped_early:
+            self.terminal.say(f"saved at update {loop.step}; continue with: blockllm pretrain --resume {folder.path}")
+        return folder.path
+
+    def _write_failure(self, folder: RunFolder, loop: Loop | None, error: BaseException) -> None:
+        if isinstance(error, InterruptedRunError):
+            status, code = "stopped", error.status
+        elif isinstance(error, BlockLLMError):
+            status, code = ("diverged" if error.exit_code == 5 else "failed"), int(error.exit_code)
+        else:
+            status, code = "failed", 1
+        # The disk may be what failed: then the first error is the one to show.
+        with contextlib.suppress(BlockLLMError):
+            write_summary(folder, self._outcome(status, code, str(error) or type(error).__name__, loop))
+
+    def _outcome(self, status: str, code: int, message: str, loop: Loop | None) -> Outcome:
+        return Outcome(
+            status=status,
+            exit_code=code,
+            message=message,
+            resolved=self.resolved,
+            machine=self.machine,
+            inputs=self.inputs,
+            method=self.method,
+            plan=self.plan,
+            loop=loop,
+        )

@@ -1,0 +1,254 @@
+"""Checkpoints: one folder per save, all of it or nothing of it.
+
+    checkpoints/step-00000500/
+        weights.safetensors    the model, Hugging Face names
+        method.safetensors     tensors of the method's state, keyed by parameter name
+        state.json             everything else, plain values
+        manifest.json          size and SHA-256 of each file above
+    checkpoints/latest         name of the newest folder
+
+A folder is written under a hidden name, synced, and renamed; `latest` is replaced after that. Whatever kills the process
+leaves either the old checkpoints or the new one. All tensors are loaded by safetensors, all the rest as JSON: nothing in
+a checkpoint can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blockllm_cli.durable import file_sha256, storage_errors, sync_file, sync_folder, write_json, write_text
+from blockllm_cli.errors import DivergedError, InputError
+
+FORMAT = 1
+WEIGHTS, METHOD, STATE, MANIFEST, LATEST = (
+    "weights.safetensors",
+    "method.safetensors",
+    "state.json",
+    "manifest.json",
+    "latest",
+)
+_FOLDER = re.compile(r"^step-(\d{8,})$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose manifest was found to be true.
+
+    Attributes:
+        folder: where it is.
+        step: updates done when it was written.
+        state: the plain values.
+    """
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The model's tensors on the CPU, read one by one as they are asked for."""
+        return StoredTensors(self.folder / WEIGHTS)
+
+    def method(self) -> Mapping[str, Any]:
+        """The method's state: plain values beside its tensors, which are read one by one as they are asked for."""
+        return MethodState(self.state["method"], StoredTensors(self.folder / METHOD))
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name; each is read when it is asked for and not kept."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"cannot read {path}: {error}") from error
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class MethodState(Mapping[str, Any]):
+    """Plain values and stored tensors of a method as one mapping, without holding the tensors."""
+
+    def __init__(self, plain: Mapping[str, Any], tensors: StoredTensors) -> None:
+        self._plain = plain
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Any:
+        return self._plain[name] if name in self._plain else self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._plain
+        yield from self._tensors
+
+    def __len__(self) -> int:
+        return len(self._plain) + len(self._tensors)
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    *,
+    step: int,
+    weights: Mapping[str, Tensor],
+    method_state: Mapping[str, Any],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint and remove the oldest beyond `keep`.
+
+    Args:
+        checkpoints: folder that holds all of a run; made if missing.
+        step: updates done.
+        weights: parameter name -> tensor, on any device.
+        method_state: the method's `state_dict()`: tensors and plain values.
+        state: plain values of the run.
+        keep: how many to leave.
+
+    Returns:
+        The new folder. A checkpoint of this step that exists already is left as it is.
+
+    Raises:
+        DivergedError: a weight is not finite; nothing is written and the older checkpoints stay.
+        StorageError: the disk refuses; the older checkpoints stay.
+    """
+    folder = checkpoints / f"step-{step:08d}"
+    if folder.exists():
+        return folder
+    _check_finite(weights, step)
+    beside = checkpoints / f".{folder.name}.{os.getpid()}.tmp"
+    tensors = {name: value for name, value in method_state.items() if isinstance(value, Tensor)}
+    plain = {name: value for name, value in method_state.items() if not isinstance(value, Tensor)}
+    with storage_errors(folder, "write the checkpoint"):
+        _sweep(checkpoints)
+        beside.mkdir(parents=True)
+        try:
+            _save_tensors(weights, beside / WEIGHTS)
+            _save_tensors(tensors, beside / METHOD)
+            write_json(beside / STATE, {**state, "step": step, "method": plain})
+            files = {
+                name: {"bytes": (beside / name).stat().st_size, "sha256": file_sha256(beside / name)}
+                for name in (WEIGHTS, METHOD, STATE)
+            }
+            write_json(beside / MANIFEST, {"format": FORMAT, "step": step, "files": files})
+            beside.rename(folder)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        sync_folder(checkpoints)
+        write_text(checkpoints / LATEST, folder.name + "\n")
+        for old in steps_on_disk(checkpoints)[:-keep]:
+            shutil.rmtree(old)
+    return folder
+
+
+def _check_finite(weights: Mapping[str, Tensor], step: int) -> None:
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise DivergedError(
+                f"update {step} left {name} with a value that is not finite, so no checkpoint was written over the "
+                "healthy ones before it; lower schedule.learning_rate or set schedule.clip = 1.0"
+            )
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        # The library reports a full disk in words only; the number is what `storage_errors` explains.
+        code = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        number = int(next(group for group in code.groups() if group)) if code else 0
+        raise OSError(number, os.strerror(number) if number else str(error), str(path)) from error
+    sync_file(path)
+
+
+def _sweep(checkpoints: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for rest in checkpoints.glob(".step-*.tmp"):
+        shutil.rmtree(rest)
+
+
+def steps_on_disk(checkpoints: Path) -> list[Path]:
+    """Folders of finished checkpoints, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    found = [path for path in checkpoints.iterdir() if _FOLDER.match(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify one checkpoint folder.
+
+    Raises:
+        InputError: a file is missing, cut or changed, or the format is a newer one.
+    """
+    manifest = _read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{folder / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"the checkpoint {folder} lacks {name}; {_other_ways(folder)}")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise InputError(f"{path} has {size} bytes, {expected['bytes']} were written; {_other_ways(folder)}")
+        if file_sha256(path) != expected["sha256"]:
+            raise InputError(f"{path} is not what was written (its SHA-256 differs); {_other_ways(folder)}")
+    return Checkpoint(folder, int(manifest["step"]), _read_json(folder / STATE))
+
+
+def _other_ways(folder: Path) -> str:
+    older = [path.name for path in steps_on_disk(folder.parent) if path.name < folder.name]
+    if older:
+        return f"--resume latest-good goes back to a sound one ({older[-1]} is the next)"
+    return "there is no older checkpoint in this run"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a table")
+    return value
+
+
+def find_checkpoint(checkpoints: Path, *, fall_back: bool) -> Checkpoint | None:
+    """The newest checkpoint of a run, or None if it has none.
+
+    Args:
+        checkpoints: folder that holds all of a run.
+        fall_back: go on to older ones when the newest is damaged.
+
+    Raises:
+        InputError: the newest (with `fall_back`: every) checkpoint is damaged.
+    """
+    folders = steps_on_disk(checkpoints)[::-1]
+    for folder in folders:
+        try:
+            return open_checkpoint(folder)
+        except InputError:
+            if not fall_back or folder == folders[-1]:
+                raise
+    return None
