@@ -1,0 +1,147 @@
+"""The files of a run and which of their documents train and which validate."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from blockllm_cli.data.reader import Document, ShardReader
+from blockllm_cli.data.stopping import StopCheck, never
+from blockllm_cli.errors import InputError, RecipeError
+
+if TYPE_CHECKING:
+    from blockllm_cli.recipe.sections import Data
+
+HELD_OUT_OF = 20
+"""Without validation files, one document in this many is held out of the training files."""
+
+Part = Literal["all", "train", "validation"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Some files, and the part of their documents that belongs to this side.
+
+    Attributes:
+        shards: the files, in an order that depends on their names only.
+        part: "all" documents, or the side of the split by `is_held_out`.
+    """
+
+    shards: tuple[Path, ...]
+    part: Part = "all"
+
+    @property
+    def names(self) -> list[str]:
+        """A short name per shard for labels: the file's name, or its path where two files share a name."""
+        seen = Counter(shard.name for shard in self.shards)
+        return [shard.name if seen[shard.name] == 1 else str(shard) for shard in self.shards]
+
+    def holds(self, text: str) -> bool:
+        """Whether a document of the files belongs to this side."""
+        return self.part == "all" or is_held_out(text) == (self.part == "validation")
+
+    def texts(self, should_stop: StopCheck = never) -> Iterator[str]:
+        """Text of each good document of this side, in file order; bad ones are passed over.
+
+        Raises:
+            InputError: a file cannot be opened or its format is not supported here.
+            StopRequested: `should_stop` became true.
+        """
+        for shard in self.shards:
+            for record in ShardReader(shard, should_stop=should_stop):
+                if isinstance(record, Document) and self.holds(record.text):
+                    yield record.text
+
+    def fingerprint(self) -> str:
+        """Identity of the content, from names, sizes and part: cheap, and the same wherever the files lie.
+
+        Raises:
+            InputError: a file is gone.
+        """
+        identity = hashlib.sha256(self.part.encode())
+        for shard in self.shards:
+            try:
+                size = shard.stat().st_size
+            except OSError as error:
+                raise InputError(f"{shard} cannot be read: {error.strerror or error}") from error
+            identity.update(b"\0" + os.fsencode(shard.name) + b"\0" + str(size).encode())
+        return identity.hexdigest()
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The two sides of a run's data."""
+
+    train: Corpus
+    validation: Corpus
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a document is held out for validation where no validation files are given.
+
+    Depends on the text alone, so that copies of a document fall on one side, wherever they are.
+    """
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % HELD_OUT_OF == 0
+
+
+def open_corpora(data: Data, *, cache: Path | None = None, should_stop: StopCheck = never) -> Corpora:
+    """Find the files that `[data]` names; nothing is read of them, except that the builtin corpus is gathered once.
+
+    Args:
+        data: the resolved table; relative patterns are relative to the current directory.
+        cache: folder in which the builtin corpus is kept; None is `blockllm` in the user's cache folder.
+        should_stop: asked while the builtin corpus is gathered.
+
+    Raises:
+        InputError: a pattern names no file.
+        RecipeError: the table names no files, or a corpus that this version does not read.
+        StopRequested: `should_stop` became true.
+    """
+    if data.corpus == "builtin":
+        from blockllm_cli.data.builtin import builtin_corpus
+
+        shards = (builtin_corpus(cache or _user_cache(), should_stop=should_stop),)
+        return Corpora(Corpus(shards, "train"), Corpus(shards, "validation"))
+    if data.corpus != "files":
+        raise RecipeError(
+            f'data.corpus = "{data.corpus}" cannot be read by this version, which knows "builtin" and "files": set '
+            'data.corpus = "files" and data.train = "<glob of local files>"'
+        )
+    if not data.train:
+        raise RecipeError('data.corpus = "files" needs data.train, such as data.train = "folder/*.json.gz"')
+    train = found_files("data.train", data.train)
+    if not data.validation:
+        return Corpora(Corpus(train, "train"), Corpus(train, "validation"))
+    return Corpora(Corpus(train), Corpus(found_files("data.validation", data.validation)))
+
+
+def found_files(key: str, patterns: str | Sequence[str]) -> tuple[Path, ...]:
+    """Files that match one or several globs (`**` crosses folders), each once, sorted by path.
+
+    Raises:
+        InputError: a pattern matches no file; the message names `key` and the pattern.
+    """
+    found: dict[str, Path] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        place = os.path.expanduser(pattern)  # noqa: PTH111 (Path would drop a trailing slash and fold `//`)
+        # A path that exists is meant as it is, also with a bracket in its name.
+        matches = [place] if os.path.lexists(place) else glob.glob(place, recursive=True)  # noqa: PTH207
+        files = [Path(match) for match in matches if Path(match).is_file()]
+        if not files:
+            hint = f"; it is a folder: write {place.rstrip('/')}/*" if Path(place).is_dir() else ""
+            raise InputError(f"{key}: {pattern!r} matches no file in {Path.cwd()}{hint}")
+        for file in files:
+            found.setdefault(os.path.realpath(file), file)
+    return tuple(sorted(found.values(), key=str))
+
+
+def _user_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "blockllm"

@@ -1,0 +1,138 @@
+"""Processes that tokenise blocks, started by spawn, that cannot outlive the run nor be stopped by its signals.
+
+Each worker is fed and answers through one pipe, blocks are dealt round-robin and answers fetched in the same order, so
+the number of workers never shows in the rows. The pipe is also the lifeline: when the main process is gone, however it
+ended, the worker reads the end of its pipe and leaves. SIGINT and SIGTERM, which reach a whole process group, are
+blocked in workers from their first instruction on: only the main process decides what a signal means.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+
+from blockllm_cli.data.blocks import BuiltBlock, Encoder, StreamSettings, TextBlock, build_block
+from blockllm_cli.data.stopping import StopCheck
+from blockllm_cli.errors import BlockLLMError, StopRequested
+
+_POLL_SECONDS = 0.05
+
+
+class WorkerPool:
+    """`settings.workers` processes that build blocks.
+
+    `send` may be called by another thread than `receive`. Block k goes to worker k modulo their number; `receive` must
+    be called for k = 0, 1, 2, ... in turn.
+    """
+
+    def __init__(self, encoder: Encoder, settings: StreamSettings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._processes = []
+        self._connections: list[Connection] = []
+        atexit.register(self.kill)  # runs before multiprocessing waits for its children at exit
+        try:
+            with _signals_blocked():
+                for i in range(settings.workers):
+                    ours, theirs = context.Pipe()
+                    process = context.Process(
+                        target=_serve,
+                        args=(theirs, type(encoder), encoder.model_bytes, settings),
+                        name=f"blockllm-data-{i}",
+                        daemon=True,
+                    )
+                    self._connections.append(ours)
+                    process.start()
+                    self._processes.append(process)
+                    theirs.close()
+        except BaseException:
+            self.kill()
+            self.close()
+            raise
+
+    def send(self, number: int, block: TextBlock) -> None:
+        """Hand block `number` to its worker; waits while that worker is busy.
+
+        Raises:
+            BlockLLMError: the worker is gone.
+        """
+        try:
+            self._connections[number % len(self._connections)].send(block)
+        except OSError as error:
+            raise self._death(number) from error
+
+    def receive(self, number: int, should_stop: StopCheck) -> BuiltBlock:
+        """The rows of block `number`.
+
+        Raises:
+            BlockLLMError: the worker is gone.
+            RuntimeError: building the block failed; the text is the worker's traceback.
+            StopRequested: `should_stop` became true; the call can be repeated.
+        """
+        connection = self._connections[number % len(self._connections)]
+        while not connection.poll(_POLL_SECONDS):
+            if should_stop():
+                raise StopRequested
+        try:
+            answer: BuiltBlock | str = connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._death(number) from error
+        if isinstance(answer, str):
+            raise RuntimeError(f"a data worker failed:\n{answer}")
+        return answer
+
+    def kill(self) -> None:
+        """End all workers at once, wait for them, and thereby free a thread that waits in `send`."""
+        atexit.unregister(self.kill)
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    def close(self) -> None:
+        """Close the pipes, after `kill`, once nobody uses them."""
+        for connection in self._connections:
+            connection.close()
+
+    def _death(self, number: int) -> BlockLLMError:
+        process = self._processes[number % len(self._processes)]
+        process.join(1.0)
+        return BlockLLMError(
+            f"the data worker with process id {process.pid} ended (exit code {process.exitcode}) while it was needed. "
+            "If the system killed it for memory (-9), lower data.workers or data.block_documents; data.workers = 0 "
+            "tokenises in the main process"
+        )
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Block SIGINT and SIGTERM in this thread; a process started meanwhile has them blocked for good."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(
+    connection: Connection, encoder_class: Callable[[bytes], Encoder], model_bytes: bytes, settings: StreamSettings
+) -> None:
+    """Body of a worker: answer each `TextBlock` with a `BuiltBlock`, or with the traceback of what went wrong."""
+    with contextlib.suppress(EOFError, OSError):  # the main process has closed the pipe or is gone
+        try:
+            encoder = encoder_class(model_bytes)
+        except Exception:
+            connection.recv()
+            connection.send(traceback.format_exc())
+            return
+        while True:
+            block: TextBlock = connection.recv()
+            try:
+                answer: BuiltBlock | str = build_block(block, encoder, settings)
+            except Exception:
+                answer = traceback.format_exc()
+            connection.send(answer)
