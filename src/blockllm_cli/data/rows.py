@@ -62,7 +62,8 @@ class Rows:
 
     def targets_per_row(self) -> npt.NDArray[np.int64]:
         """(R,) int64: number of positions of each row that have a target."""
-        return self.target_mask().sum(axis=1, dtype=np.int64)
+        counts: npt.NDArray[np.int64] = self.target_mask().sum(axis=1, dtype=np.int64)
+        return counts
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:

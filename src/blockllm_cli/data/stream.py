@@ -156,7 +156,7 @@ class RowStream:
 
     @property
     def waited_seconds(self) -> float:
-        """Time that `take` has waited for data since the stream was made."""
+        """Seconds that `take` has waited for blocks (or, without workers, built them) since the stream was made."""
         return self._waited
 
     @property
@@ -337,7 +337,7 @@ def _check_bad(block: TextBlock, counts: Counts, settings: StreamSettings) -> No
 
 def _nothing_usable(side: str, counts: Counts) -> str:
     return (
-        f"the {side} data have no usable row: {counts.documents} good documents, of which {counts.without_target} have no "
-        f"target, {counts.empty} empty and {counts.bad} bad ones. A document is JSON with its text under `text`, or a "
+        f"the {side} data have no usable row: {counts.documents} good documents, of which {counts.without_target} have "
+        f"no target, {counts.empty} empty and {counts.bad} bad ones. A document is JSON with its text under `text`, or a "
         "paragraph of a .txt file. Without data.validation, one document in 20 of data.train is held out for validation"
     )
