@@ -1,0 +1,205 @@
+"""From a loaded recipe to one that leaves nothing open: the method's options, its published rates, the seeds.
+
+What the recipe gives holds. What it leaves out is filled from the method's facts for the nearest model size, and
+every filled value is noted with its source. A resolved recipe resolves to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import Field
+
+from blockllm_cli.errors import RecipeError
+from blockllm_cli.methods.base import Hyperparameters, Method, MethodFacts, MethodOptions
+from blockllm_cli.methods.registry import method_class, method_names, suggest_method
+from blockllm_cli.model.config import LlamaConfig, llama_config
+from blockllm_cli.recipe.kinds import parse_text
+from blockllm_cli.recipe.load import Draft, LoadedRecipe, check_table, read_draft
+from blockllm_cli.recipe.names import did_you_mean
+from blockllm_cli.recipe.origins import Problem
+from blockllm_cli.recipe.sections import SECTIONS, SEED_LIMIT, Model, Recipe, Section, Tokenizer
+from blockllm_cli.recipe.seeds import derived_seed
+
+UNKNOWN_VOCABULARY = 32_000
+"""Stands for the pieces of a tokenizer that has not been read yet: those of the papers' models."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe with nothing left open.
+
+    Attributes:
+        recipe: all values, those filled in included; `method` is the full table of the method.
+        loaded: what it was made from, and where that stands.
+        method_class: the method.
+        options: its options, typed.
+        comments: `table.key` -> where a value that the recipe does not give came from.
+    """
+
+    recipe: Recipe
+    loaded: LoadedRecipe
+    method_class: type[Method]
+    options: MethodOptions
+    comments: Mapping[str, str]
+
+
+class _CommonKeys(Section):
+    """Keys of `[method]` that belong to every method."""
+
+    seed: int | None = Field(
+        None, ge=0, le=SEED_LIMIT, description="seed of the method's own draws; absent: from run.seed"
+    )
+
+
+def resolve_recipe(path: str | Path, *, overrides: Sequence[str] = (), method: str | None = None) -> Resolved:
+    """Load and resolve a recipe, so that one message names everything wrong with it. Arguments as `load_recipe`.
+
+    Raises:
+        RecipeError: with one line per problem.
+    """
+    draft = read_draft(path, overrides=overrides, method=method)
+    problems = [*draft.problems, *_draft_problems(draft)]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return resolve(draft.finish())
+
+
+def resolve(loaded: LoadedRecipe) -> Resolved:
+    """Fill what the recipe leaves out, and check its method.
+
+    Raises:
+        RecipeError: the method, one of its options or the architecture is refused; one line per problem.
+    """
+    recipe = loaded.recipe
+    config = assumed_config(recipe.model, recipe.tokenizer, error=loaded.error)
+    method = _class_of(recipe.method["name"], loaded.line)
+    size, published = nearest_hyperparameters(method.facts, config)
+    options, problems = _options(method, recipe.method, loaded.texts, published)
+    if options is None or problems:
+        raise RecipeError("\n".join(loaded.line(problem) for problem in problems))
+    source = f"from: {method.name}, {size}, {published.source}"
+    sections, comments = _filled_sections(loaded, published, source)
+    given = {key for key in recipe.method if key not in ("name", "seed")}
+    for key in type(options).model_fields:
+        if key not in given:
+            comments[f"method.{key}"] = source if key in published.options else f"default of {method.name}"
+    table = {"name": recipe.method["name"], "seed": recipe.method.get("seed")}
+    if table["seed"] is None:
+        table["seed"] = derived_seed(recipe.run.seed, "method")
+        comments["method.seed"] = "derived from run.seed"
+    table.update(options.model_dump(mode="json", exclude_none=True))
+    filled = recipe.model_copy(update={**sections, "method": table})
+    return Resolved(filled, loaded, method, options, MappingProxyType(comments))
+
+
+def assumed_config(model: Model, tokenizer: Tokenizer, *, error: Callable[..., RecipeError]) -> LlamaConfig:
+    """The architecture, as far as it is known before the tokenizer is.
+
+    A tokenizer that is still to be trained has the pieces asked for; of one that is still to be read only what
+    `model.vocab_size` says is known, else `UNKNOWN_VOCABULARY` stands in.
+
+    Raises:
+        RecipeError: the sizes do not fit together, or not to the tokenizer.
+    """
+    pieces = tokenizer.vocab_size if tokenizer.source == "train" else model.vocab_size
+    return llama_config(model, tokenizer_vocab_size=pieces or UNKNOWN_VOCABULARY, error=error)
+
+
+def nearest_hyperparameters(facts: MethodFacts, config: LlamaConfig) -> tuple[str, Hyperparameters]:
+    """The published values for the size that is nearest in parameters (by ratio), and the name of that size.
+
+    Sizes are counted with the vocabulary of `config`, so that a model of a published size is nearest to itself.
+    """
+    sizes = [size for size in facts.hyperparameters if size != "*"]
+    if not sizes:
+        return "any size", facts.hyperparameters["*"]
+
+    def distance(size: str) -> float:
+        published = llama_config(Model(size=size, vocab_size=config.vocab_size), tokenizer_vocab_size=1)
+        return abs(log(config.num_parameters / published.num_parameters))
+
+    best = min(sizes, key=distance)
+    return best, facts.hyperparameters[best]
+
+
+def _class_of(name: str, line: Callable[[Problem], str]) -> type[Method]:
+    if name not in method_names():
+        raise RecipeError(line(Problem("method.name", "there is no such method", suggest_method(name))))
+    return method_class(name)
+
+
+def _draft_problems(draft: Draft) -> list[str]:
+    """Lines for what is wrong with the method and the architecture of a recipe that may be wrong elsewhere too."""
+    lines: list[str] = []
+    model, tokenizer = draft.sections.get("model"), draft.sections.get("tokenizer")
+    config = None
+    if isinstance(model, Model) and isinstance(tokenizer, Tokenizer):
+        try:
+            config = assumed_config(
+                model, tokenizer, error=lambda key, text, *, fix="": RecipeError(draft.line(Problem(key, text, fix)))
+            )
+        except RecipeError as error:
+            lines.append(str(error))
+    if isinstance(draft.method.get("name"), str):
+        try:
+            method = _class_of(draft.method["name"], draft.line)
+        except RecipeError as error:
+            return [*lines, str(error)]
+        facts = method.facts
+        published = nearest_hyperparameters(facts, config)[1] if config else next(iter(facts.hyperparameters.values()))
+        _, problems = _options(method, draft.method, draft.layers.texts, published)
+        lines += [draft.line(problem) for problem in problems]
+    return lines
+
+
+def _options(
+    method: type[Method], table: Mapping[str, Any], texts: Mapping[str, str], published: Hyperparameters
+) -> tuple[MethodOptions | None, list[Problem]]:
+    """The typed options behind the `[method]` table, or what is wrong with it."""
+    fields = method.Options.model_fields
+    valid = ["name", *_CommonKeys.model_fields, *fields]
+    values = dict(published.options)
+    problems: list[Problem] = []
+    for key, value in table.items():
+        if key not in valid:
+            hint = did_you_mean(key, "method", valid)
+            problems.append(Problem(f"method.{key}", f"{method.name} has no such option", hint))
+        elif key in fields:
+            text = texts.get(f"method.{key}")
+            values[key] = value if text is None else parse_text(text, fields[key])
+    common = {key: table[key] for key in _CommonKeys.model_fields if key in table}
+    problems += check_table("method", _CommonKeys, common)[1]
+    if "name" in fields:
+        values["name"] = table["name"]
+    options, found = check_table("method", method.Options, values)
+    return options, problems + found
+
+
+def _filled_sections(
+    loaded: LoadedRecipe, published: Hyperparameters, source: str
+) -> tuple[dict[str, Section], dict[str, str]]:
+    """The tables in which something is filled in, and a comment for every value that was not given."""
+    recipe = loaded.recipe
+    comments = {
+        f"{table}.{key}": "default"
+        for table, section in SECTIONS.items()
+        for key in section.model_fields
+        if f"{table}.{key}" not in loaded.origins and getattr(getattr(recipe, table), key) is not None
+    }
+    rates = {"learning_rate": published.learning_rate, "dense_rate": published.dense_rate, "clip": published.clip}
+    absent = {key: rate for key, rate in rates.items() if getattr(recipe.schedule, key) is None and rate is not None}
+    filled: dict[str, Section] = {"schedule": recipe.schedule.model_copy(update=absent)}
+    comments.update({f"schedule.{key}": source for key in absent})
+    if recipe.model.seed is None:
+        filled["model"] = recipe.model.model_copy(update={"seed": derived_seed(recipe.run.seed, "model")})
+        comments["model.seed"] = "derived from run.seed"
+    if recipe.data.seed is None:
+        filled["data"] = recipe.data.model_copy(update={"seed": derived_seed(recipe.run.seed, "data")})
+        comments["data.seed"] = "derived from run.seed"
+    return filled, comments

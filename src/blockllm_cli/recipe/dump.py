@@ -1,0 +1,39 @@
+"""A recipe as TOML text that loads back to the equal recipe, and its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import tomlkit
+from tomlkit.items import Table
+
+from blockllm_cli.recipe.names import TABLES
+from blockllm_cli.recipe.sections import Recipe
+
+
+def dump_recipe(recipe: Recipe, comments: Mapping[str, str]) -> str:
+    """`recipe` as TOML, every value written out; an absent value stays absent.
+
+    Args:
+        recipe: the values.
+        comments: `table.key` -> text put behind the value, such as where it came from.
+    """
+    document = tomlkit.document()
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    for name in TABLES:
+        table: Table = tomlkit.table()
+        for key, value in values[name].items():
+            table.add(key, value)
+            comment = comments.get(f"{name}.{key}")
+            if comment:
+                table[key].comment(" ".join(comment.split()))
+        document.add(name, table)
+    return tomlkit.dumps(document)
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """Hash of the values alone, as 64 hexadecimal digits: comments, order and layout of the text do not matter."""
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
