@@ -122,11 +122,11 @@ def read_blocks(
         StopRequested: `should_stop` became true.
     """
     order = shard_order(len(corpus.shards), settings.seed, epoch)
+    names = corpus.names
     place = start or Cursor(0, 0, 0)
     block = TextBlock(epoch, index, place)
     for number in range(place.shard, len(order)):
         shard = corpus.shards[order[number]]
-        name = corpus.names[order[number]]
         reader = ShardReader(shard, Position(place.line, place.offset) if number == place.shard else None, should_stop)
         for record in reader:
             if isinstance(record, BadDocument):
@@ -137,7 +137,7 @@ def read_blocks(
             elif not isinstance(record, Document):
                 block.empty += 1
             elif corpus.holds(record.text):
-                block.labels.append(f"{name}:{record.line}")
+                block.labels.append(f"{names[order[number]]}:{record.line}")
                 block.texts.append(record.text)
                 block.surrogates += record.surrogates
                 if len(block.texts) == settings.block_documents:

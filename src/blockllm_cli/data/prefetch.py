@@ -47,6 +47,7 @@ class BlockSource:
         self._waiting: queue.Queue[TextBlock | BaseException] = queue.Queue(settings.workers + 1)
         self._received = 0
         self._current: TextBlock | None = None
+        self._failure: Exception | None = None
         self._pool = WorkerPool(encoder, settings) if settings.workers else None
         self._reader = threading.Thread(
             target=self._read, args=(epoch, index, start), name="blockllm-reader", daemon=True
@@ -61,7 +62,27 @@ class BlockSource:
             BlockLLMError: a worker is gone.
             StopRequested: `should_stop` became true; the next call gives the block that this one did not.
         """
-        while self._current is None:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            if self._current is None:
+                self._current = self._next_text(should_stop)
+            block = self._current
+            if self._pool is None:
+                built = build_block(block, self._encoder, self._settings, should_stop=should_stop)
+            else:
+                built = self._pool.receive(self._received, should_stop)
+        except StopRequested:
+            raise
+        except Exception as error:
+            self._failure = error
+            raise
+        self._received += 1
+        self._current = None
+        return block, built
+
+    def _next_text(self, should_stop: StopCheck) -> TextBlock:
+        while not self._closed.is_set():
             if should_stop():
                 raise StopRequested
             try:
@@ -70,15 +91,8 @@ class BlockSource:
                 continue
             if isinstance(item, BaseException):
                 raise item
-            self._current = item
-        block = self._current
-        if self._pool is None:
-            built = build_block(block, self._encoder, self._settings, should_stop=should_stop)
-        else:
-            built = self._pool.receive(self._received, should_stop)
-        self._received += 1
-        self._current = None
-        return block, built
+            return item
+        raise RuntimeError("the stream of rows is closed")
 
     def close(self) -> None:
         """End the thread and the workers."""

@@ -99,7 +99,7 @@ class RowStream:
         settings: what decides the rows.
         state: what `state()` gave, to continue from there; None begins at the first row.
         should_stop: asked every few hundredths of a second while `take` waits or builds; once true, `take` raises
-            `StopRequested`, keeps what it has gathered, and may be called again.
+            `StopRequested`, keeps what it has gathered, and may be called again for as many rows.
 
     Raises:
         InputError: the files of the corpus are not those of `state`.
@@ -338,6 +338,6 @@ def _check_bad(block: TextBlock, counts: Counts, settings: StreamSettings) -> No
 def _nothing_usable(side: str, counts: Counts) -> str:
     return (
         f"the {side} data have no usable row: {counts.documents} good documents, of which {counts.without_target} have "
-        f"no target, {counts.empty} empty and {counts.bad} bad ones. A document is JSON with its text under `text`, or a "
-        "paragraph of a .txt file. Without data.validation, one document in 20 of data.train is held out for validation"
+        f"no target, {counts.empty} empty and {counts.bad} bad ones. A document is JSON with its text under `text`, or "
+        "a paragraph of a .txt file. Without data.validation, one document in 20 of data.train is held out for it"
     )

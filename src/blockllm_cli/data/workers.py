@@ -14,7 +14,9 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 
 from blockllm_cli.data.blocks import BuiltBlock, Encoder, StreamSettings, TextBlock, build_block
 from blockllm_cli.data.stopping import StopCheck
@@ -32,9 +34,10 @@ class WorkerPool:
 
     def __init__(self, encoder: Encoder, settings: StreamSettings) -> None:
         context = multiprocessing.get_context("spawn")
-        self._processes = []
+        self._processes: list[SpawnProcess] = []
         self._connections: list[Connection] = []
         atexit.register(self.kill)  # runs before multiprocessing waits for its children at exit
+        resource_tracker.ensure_running()  # where it starts on demand, it ends by unblocking signals
         try:
             with _signals_blocked():
                 for i in range(settings.workers):
@@ -95,8 +98,12 @@ class WorkerPool:
 
     def close(self) -> None:
         """Close the pipes, after `kill`, once nobody uses them."""
+        for process in self._processes:
+            process.close()
         for connection in self._connections:
             connection.close()
+        self._processes.clear()
+        self._connections.clear()
 
     def _death(self, number: int) -> BlockLLMError:
         process = self._processes[number % len(self._processes)]
