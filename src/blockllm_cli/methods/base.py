@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from blockllm_cli.footprint import Category, TensorPlan
@@ -31,10 +31,16 @@ Event = dict[str, Any]
 class MethodOptions(BaseModel):
     """Base of the typed `[method]` table: unknown keys are refused, values are frozen.
 
-    Every field carries a description with its unit and range. `name`, `variant` and `seed` are common to all methods.
+    Every field carries a description with its unit and range. A method narrows `name` to its own, and adds `variant`
+    if it has variants.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    name: str = Field(description="The method.")
+    seed: int | None = Field(
+        default=None, ge=0, description="Seed of the method's own random draws. Absent: derived from run.seed."
+    )
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,7 @@ class Method(ABC):
 
     @property
     def unchanged(self) -> float | None:
-        """Share of the entries written by the last counted update that kept their value; None if none was counted."""
+        """Share of the bf16 entries written by the last update that kept their value; None if it did not count them."""
         return None
 
     def rate_factor(self, step: int) -> float:
