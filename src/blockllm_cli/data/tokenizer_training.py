@@ -192,9 +192,9 @@ def _run_child(folder: Path, report: dict[str, Any], should_stop: Callable[[], b
         RuntimeError: the child failed in a way that is our bug.
     """
     # The child works in `folder`, since the model records the name of the sample as it is given, and a path would make
-    # every model file another. It finds modules where this process finds them, and none in that folder (-P).
+    # every model file another. It finds modules where this process finds them.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)}
-    command = [sys.executable, "-P", "-m", __name__, report["kind"], str(report["vocab_size"])]
+    command = [sys.executable, "-m", __name__, report["kind"], str(report["vocab_size"])]
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
     try:
