@@ -13,15 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from blockllm_cli.model.attention import attend, attention_mask
 from blockllm_cli.model.batch import Batch
 from blockllm_cli.model.config import LlamaConfig
+from blockllm_cli.model.elementwise import gated_silu, rms_norm
 from blockllm_cli.model.loss import chunked_nll, token_nll
 from blockllm_cli.model.roles import role_of
 from blockllm_cli.model.rotary import Rotary, Turn, turned
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation (Zhang and Sennrich, arXiv 1910.07467): statistics in fp32."""
+    """Root mean square normalisation of the last dimension; see `rms_norm`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -30,9 +32,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of `x` (any dtype)."""
-        wide = x.float()
-        factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * factor).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -41,7 +41,6 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.is_grouped = config.num_key_value_heads != config.num_attention_heads
         key_value = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_value, bias=False)
@@ -51,13 +50,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, turn: Turn, mask: Tensor | None) -> Tensor:
         """Attend within `x` (B, L, D); `mask` as `attention_mask` makes it."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        query = turned(self.q_proj(x).view(heads), turn).transpose(1, 2)
-        key = turned(self.k_proj(x).view(heads), turn).transpose(1, 2)
+        query, key = turned(self.q_proj(x).view(heads), turn), turned(self.k_proj(x).view(heads), turn)
         value = self.v_proj(x).view(heads).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.is_grouped
-        )
-        return cast(Tensor, self.o_proj(mixed.transpose(1, 2).reshape(x.shape)))
+        return cast(Tensor, self.o_proj(attend(query, key, value, mask)))
 
 
 class MLP(nn.Module):
@@ -71,7 +66,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position of `x` (B, L, D)."""
-        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+        return cast(Tensor, self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x))))
 
 
 class DecoderLayer(nn.Module):
@@ -166,23 +161,6 @@ class LlamaForCausalLM(nn.Module):
         if batch.num_targets == hidden.shape[0]:
             return cast(Tensor, hidden)
         return cast(Tensor, hidden.index_select(0, batch.positions))
-
-
-def attention_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to attention scores so that a position sees its own document up to itself: (B, 1, L, L) of 0, -inf.
-
-    Made once per batch in the dtype of the queries: a boolean mask would be turned into this one by every layer, and
-    every layer's copy would be kept for the backward pass.
-
-    Args:
-        documents: (B, L), index of the document of each position.
-        dtype: dtype of the queries.
-    """
-    length = documents.shape[1]
-    visible = documents.unsqueeze(2) == documents.unsqueeze(1)
-    visible &= torch.ones(length, length, dtype=torch.bool, device=documents.device).tril_()
-    mask = torch.zeros(visible.shape, dtype=dtype, device=documents.device)
-    return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
 
 
 def build_model(

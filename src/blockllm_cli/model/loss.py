@@ -9,6 +9,7 @@ Letters: N tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -118,11 +119,21 @@ def _chunks(hidden: Tensor, head: Tensor, chunk: int | None) -> list[slice]:
 def _add_product(total: Tensor | None, logits: Tensor, hidden: Tensor, *, single: bool) -> Tensor:
     """`total` + logits^T hidden, (V, D); fp32 unless this is the `single` chunk."""
     if total is None:
-        product = logits.t() @ hidden
-        return product if single else product.float()
+        if single or logits.dtype == torch.float32:
+            return logits.t() @ hidden
+        total = torch.zeros(logits.shape[1], hidden.shape[1], dtype=torch.float32, device=logits.device)
     if total.dtype == logits.dtype:
         return total.addmm_(logits.t(), hidden)
-    return total.add_(logits.t() @ hidden)
+    # Rounded products are added while they are in the cache; adding the whole product took as long as making it.
+    rows = _cached_rows(hidden.shape[1], logits)
+    for start in range(0, total.shape[0], rows):
+        total[start : start + rows].add_(logits[:, start : start + rows].t() @ hidden)
+    return total
+
+
+def _cached_rows(columns: int, like: Tensor) -> int:
+    """Rows of `columns` fp32 values that are worked on together: as many as the cache holds on CPU, else all."""
+    return max(1, _CACHE_BYTES // (4 * columns)) if like.device.type == "cpu" else sys.maxsize
 
 
 def _log_softmax_step(logits: Tensor, targets: Tensor, losses: Tensor, *, gradient_scale: float | None) -> None:
@@ -134,9 +145,8 @@ def _log_softmax_step(logits: Tensor, targets: Tensor, losses: Tensor, *, gradie
         losses: (n,) fp32, written.
         gradient_scale: factor of softmax - onehot; None leaves undefined values in `logits`.
     """
-    vocab_size = logits.shape[1]
-    rows = max(1, _CACHE_BYTES // (4 * vocab_size)) if logits.device.type == "cpu" else logits.shape[0]
-    for start in range(0, logits.shape[0], max(rows, 1)):
+    rows = _cached_rows(logits.shape[1], logits)
+    for start in range(0, logits.shape[0], rows):
         part = slice(start, start + rows)
         values = logits[part].float()  # the logits themselves if they are fp32
         column = targets[part].unsqueeze(1)

@@ -5,17 +5,18 @@ Channel i is paired with channel i + K/2 of its head, the convention of Hugging 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Turn(NamedTuple):
     """Cosine and sine of the angles of positions 0 .. L - 1.
 
     Attributes:
-        cosine: (L, 1, K/2), dtype of the queries.
+        cosine: (L, K/2), dtype of the queries.
         sine: likewise.
     """
 
@@ -50,11 +51,37 @@ class Rotary:
     def _make(self, length: int, device: torch.device, dtype: torch.dtype) -> Turn:
         channels = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
         frequencies = 1.0 / self.theta ** (channels / self.head_dim)
-        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies).unsqueeze(1)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
         return Turn(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 def turned(x: Tensor, turn: Turn) -> Tensor:
-    """`x` (B, L, H, K) with the channels of each position turned."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * turn.cosine - second * turn.sine, second * turn.cosine + first * turn.sine), dim=-1)
+    """`x` (B, L, H, K) with the channels of each position turned, as (B, H, L, K)."""
+    return cast(Tensor, _Turned.apply(x.transpose(1, 2), turn.cosine, turn.sine))  # type: ignore[no-untyped-call]
+
+
+class _Turned(torch.autograd.Function):
+    """Turns channel pairs; the backward pass turns back and needs nothing but the angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        # Laid out as (B, H, L, K), whatever the layout of x: attention wants the positions of a head together.
+        return _turn_into(torch.empty(x.shape, dtype=x.dtype, device=x.device), x, cosine, sine)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        cosine, sine = ctx.saved_tensors
+        batch, heads, length, width = gradient.shape
+        # Laid out as (B, L, H, K), so that the projection's backward needs no copy.
+        turned_back = gradient.new_empty(batch, length, heads, width).transpose(1, 2)
+        return _turn_into(turned_back, gradient, cosine, -sine), None, None
+
+
+def _turn_into(out: Tensor, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    torch.mul(first, cosine, out=out[..., :half]).addcmul_(second, sine, value=-1)
+    torch.mul(second, cosine, out=out[..., half:]).addcmul_(first, sine)
+    return out
