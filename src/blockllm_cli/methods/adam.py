@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -11,10 +11,9 @@ from blockllm_cli.methods.dense import AdamOptions, DenseMethod
 from blockllm_cli.optim.adam import AdamRule
 
 
-class AdamMethodOptions(AdamOptions):
+class L2AdamOptions(AdamOptions):
     """The [method] table of `adam`."""
 
-    name: Literal["adam"] = Field(default="adam", description="The method.")
     weight_decay: float = Field(
         default=0.0, ge=0.0, description="L2 term: weight_decay * weight is added to the gradient; at least 0."
     )
@@ -24,7 +23,7 @@ class Adam(DenseMethod):
     """Kingma and Ba 2015 (arXiv 1412.6980), computed by torch's fused kernel in torch's form."""
 
     name = "adam"
-    Options = AdamMethodOptions
+    Options = L2AdamOptions
     facts: ClassVar[MethodFacts] = MethodFacts(
         title="Adam",
         summary="Adam on every parameter; weight decay, if any, is an L2 term in the gradient.",
@@ -42,5 +41,5 @@ class Adam(DenseMethod):
     )
 
     @staticmethod
-    def _rule(options: AdamMethodOptions) -> AdamRule:
+    def _rule(options: L2AdamOptions) -> AdamRule:
         return AdamRule(options.betas, options.eps, options.weight_decay, decoupled=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -14,7 +14,6 @@ from blockllm_cli.optim.adam import AdamRule
 class AdamWOptions(AdamOptions):
     """The [method] table of `adamw`."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="The method.")
     weight_decay: float = Field(
         default=0.0,
         ge=0.0,

@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from blockllm_cli.footprint import Category, TensorPlan
@@ -31,16 +31,11 @@ Event = dict[str, Any]
 class MethodOptions(BaseModel):
     """Base of the typed `[method]` table: unknown keys are refused, values are frozen.
 
-    Every field carries a description with its unit and range. A method narrows `name` to its own, and adds `variant`
-    if it has variants.
+    Every field carries a description with its unit and range. `name` and `seed` belong to every method and are not
+    fields here; a method that has variants has a field `variant`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-    name: str = Field(description="The method.")
-    seed: int | None = Field(
-        default=None, ge=0, description="Seed of the method's own random draws. Absent: derived from run.seed."
-    )
 
 
 @dataclass(frozen=True)

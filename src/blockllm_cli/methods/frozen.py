@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -15,7 +15,6 @@ from blockllm_cli.optim.adam import AdamRule
 class FrozenOptions(AdamOptions):
     """The [method] table of `frozen`."""
 
-    name: Literal["frozen"] = Field(default="frozen", description="The method.")
     weight_decay: float = Field(
         default=0.0,
         ge=0.0,

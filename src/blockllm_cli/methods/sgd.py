@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,6 @@ from blockllm_cli.optim.sgd import SgdRule
 class SgdOptions(DenseOptions):
     """The [method] table of `sgd`."""
 
-    name: Literal["sgd"] = Field(default="sgd", description="The method.")
     momentum: float = Field(
         default=0.9, ge=0.0, lt=1.0, description="Decay of the momentum buffer in [0, 1); 0 keeps no buffer."
     )
@@ -45,7 +44,9 @@ class Sgd(DenseMethod):
         hyperparameters={
             "60m": Hyperparameters(learning_rate=0.1, clip=1.0, source="ours, not tuned"),
         },
-        limits=("Far behind Adam on language models: gradients of embedding and matrices differ by orders of magnitude.",),
+        limits=(
+            "Far behind Adam on language models: gradients of embedding and matrices differ by orders of magnitude.",
+        ),
     )
 
     @staticmethod
