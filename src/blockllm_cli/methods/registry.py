@@ -16,7 +16,7 @@ GROUP = "blockllm.methods"
 """Entry-point group in which other packages name their methods: `name = "package.module:Class"`."""
 
 _PACKAGE = "blockllm_cli.methods"
-_NOT_METHODS = frozenset({"__init__", "base", "registry", "resolve"})
+_NOT_METHODS = frozenset({"__init__", "base", "dense", "registry", "resolve"})
 
 
 def method_names() -> list[str]:

@@ -7,13 +7,11 @@ every filled value is noted with its source. A resolved recipe resolves to itsel
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-
-from pydantic import Field
 
 from blockllm_cli.errors import RecipeError
 from blockllm_cli.methods.base import Hyperparameters, Method, MethodFacts, MethodOptions
@@ -23,7 +21,7 @@ from blockllm_cli.recipe.kinds import parse_text
 from blockllm_cli.recipe.load import Draft, LoadedRecipe, check_table, read_draft
 from blockllm_cli.recipe.names import did_you_mean
 from blockllm_cli.recipe.origins import Problem
-from blockllm_cli.recipe.sections import SECTIONS, SEED_LIMIT, Model, Recipe, Section, Tokenizer
+from blockllm_cli.recipe.sections import SECTIONS, Model, PrecisionWord, Section, Tokenizer
 from blockllm_cli.recipe.seeds import derived_seed
 
 UNKNOWN_VOCABULARY = 32_000
@@ -48,13 +46,19 @@ class Resolved:
     options: MethodOptions
     comments: Mapping[str, str]
 
+    @property
+    def method_seed(self) -> int:
+        """Seed of the method's draws: its own if it was given one, else derived from `run.seed`."""
+        assert self.options.seed is not None  # filled by `resolve`
+        return self.options.seed
 
-class _CommonKeys(Section):
-    """Keys of `[method]` that belong to every method."""
-
-    seed: int | None = Field(
-        None, ge=0, le=SEED_LIMIT, description="seed of the method's own draws; absent: from run.seed"
-    )
+    def with_precision(self, name: PrecisionWord, note: str = "") -> Resolved:
+        """The same with `run.precision` decided; `note` says how, if it was not given."""
+        if name == self.recipe.run.precision:
+            return self
+        run = self.recipe.run.model_copy(update={"precision": name})
+        comments = {**self.comments, "run.precision": note or "auto, as decided for this machine"}
+        return replace(self, recipe=self.recipe.model_copy(update={"run": run}), comments=MappingProxyType(comments))
 
 
 def resolve_recipe(path: str | Path, *, overrides: Sequence[str] = (), method: str | None = None) -> Resolved:
@@ -85,15 +89,12 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
         raise RecipeError("\n".join(loaded.line(problem) for problem in problems))
     source = f"from: {method.name}, {size}, {published.source}"
     sections, comments = _filled_sections(loaded, published, source)
-    given = {key for key in recipe.method if key not in ("name", "seed")}
-    for key in type(options).model_fields:
-        if key not in given:
-            comments[f"method.{key}"] = source if key in published.options else f"default of {method.name}"
-    table = {"name": recipe.method["name"], "seed": recipe.method.get("seed")}
-    if table["seed"] is None:
-        table["seed"] = derived_seed(recipe.run.seed, "method")
+    for key in set(type(options).model_fields) - set(recipe.method):
+        comments[f"method.{key}"] = source if key in published.options else f"default of {method.name}"
+    if options.seed is None:
+        options = options.model_copy(update={"seed": derived_seed(recipe.run.seed, "method")})
         comments["method.seed"] = "derived from run.seed"
-    table.update(options.model_dump(mode="json", exclude_none=True))
+    table = options.model_dump(mode="json", exclude_none=True)
     filled = recipe.model_copy(update={**sections, "method": table})
     return Resolved(filled, loaded, method, options, MappingProxyType(comments))
 
@@ -163,20 +164,15 @@ def _options(
 ) -> tuple[MethodOptions | None, list[Problem]]:
     """The typed options behind the `[method]` table, or what is wrong with it."""
     fields = method.Options.model_fields
-    valid = ["name", *_CommonKeys.model_fields, *fields]
     values = dict(published.options)
     problems: list[Problem] = []
     for key, value in table.items():
-        if key not in valid:
-            hint = did_you_mean(key, "method", valid)
+        if key not in fields:
+            hint = did_you_mean(key, "method", fields)
             problems.append(Problem(f"method.{key}", f"{method.name} has no such option", hint))
-        elif key in fields:
+        else:
             text = texts.get(f"method.{key}")
             values[key] = value if text is None else parse_text(text, fields[key])
-    common = {key: table[key] for key in _CommonKeys.model_fields if key in table}
-    problems += check_table("method", _CommonKeys, common)[1]
-    if "name" in fields:
-        values["name"] = table["name"]
     options, found = check_table("method", method.Options, values)
     return options, problems + found
 

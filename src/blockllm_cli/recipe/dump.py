@@ -25,10 +25,11 @@ def dump_recipe(recipe: Recipe, comments: Mapping[str, str]) -> str:
     for name in TABLES:
         table: Table = tomlkit.table()
         for key, value in values[name].items():
-            table.add(key, value)
+            item = tomlkit.item(value)
             comment = comments.get(f"{name}.{key}")
             if comment:
-                table[key].comment(" ".join(comment.split()))
+                item.comment(" ".join(comment.split()))
+            table.add(key, item)
         document.add(name, table)
     return tomlkit.dumps(document)
 

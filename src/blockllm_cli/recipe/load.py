@@ -42,7 +42,7 @@ class LoadedRecipe:
     def error(self, key: str, problem: str, *, fix: str = "") -> RecipeError:
         """The error for the dotted `key`: file, line, key, value, `problem`, and `fix` if there is one.
 
-        A `problem` that starts with "is " is read as naming the value itself.
+        A `problem` such as "is 3, which is odd" names the value itself; else it is put before.
         """
         return RecipeError(self.line(Problem(key, problem, fix)))
 

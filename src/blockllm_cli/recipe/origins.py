@@ -39,8 +39,9 @@ def origin_of(key: str, origins: Mapping[str, Origin], default: Origin) -> Origi
 def describe(problem: Problem, origin: Origin, value: Any = ABSENT) -> str:
     """The line that a user reads: place, key, value, what is wrong, the way out.
 
-    A problem that starts with "is " has the value in it.
+    A problem such as "is 3, which is odd" names the value itself.
     """
     key, text, fix = problem
-    subject = key if value is ABSENT or text.startswith("is ") else f"{key} = {literal(value)}:"
+    named = value is ABSENT or (text.startswith("is ") and str(value) in text)
+    subject = key if named else f"{key} = {literal(value)}:"
     return f"{origin}: {subject} {text}" + (f"; {fix}" if fix else "")
