@@ -13,6 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import Field
+
 from blockllm_cli.errors import RecipeError
 from blockllm_cli.methods.base import Hyperparameters, Method, MethodFacts, MethodOptions
 from blockllm_cli.methods.registry import method_class, method_names, suggest_method
@@ -21,7 +23,7 @@ from blockllm_cli.recipe.kinds import parse_text
 from blockllm_cli.recipe.load import Draft, LoadedRecipe, check_table, read_draft
 from blockllm_cli.recipe.names import did_you_mean
 from blockllm_cli.recipe.origins import Problem
-from blockllm_cli.recipe.sections import SECTIONS, Model, PrecisionWord, Section, Tokenizer
+from blockllm_cli.recipe.sections import SECTIONS, SEED_LIMIT, Model, PrecisionWord, Recipe, Section, Tokenizer
 from blockllm_cli.recipe.seeds import derived_seed
 
 UNKNOWN_VOCABULARY = 32_000
@@ -49,8 +51,7 @@ class Resolved:
     @property
     def method_seed(self) -> int:
         """Seed of the method's draws: its own if it was given one, else derived from `run.seed`."""
-        assert self.options.seed is not None  # filled by `resolve`
-        return self.options.seed
+        return int(self.recipe.method["seed"])
 
     def with_precision(self, name: PrecisionWord, note: str = "") -> Resolved:
         """The same with `run.precision` decided; `note` says how, if it was not given."""
@@ -59,6 +60,14 @@ class Resolved:
         run = self.recipe.run.model_copy(update={"precision": name})
         comments = {**self.comments, "run.precision": note or "auto, as decided for this machine"}
         return replace(self, recipe=self.recipe.model_copy(update={"run": run}), comments=MappingProxyType(comments))
+
+
+class CommonKeys(Section):
+    """Keys of `[method]` that every method has beside its own options and `name`."""
+
+    seed: int | None = Field(
+        None, ge=0, le=SEED_LIMIT, description="seed of the method's own draws; absent: from run.seed"
+    )
 
 
 def resolve_recipe(path: str | Path, *, overrides: Sequence[str] = (), method: str | None = None) -> Resolved:
@@ -91,10 +100,11 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
     sections, comments = _filled_sections(loaded, published, source)
     for key in set(type(options).model_fields) - set(recipe.method):
         comments[f"method.{key}"] = source if key in published.options else f"default of {method.name}"
-    if options.seed is None:
-        options = options.model_copy(update={"seed": derived_seed(recipe.run.seed, "method")})
+    seed = recipe.method.get("seed")
+    if seed is None:
+        seed = derived_seed(recipe.run.seed, "method")
         comments["method.seed"] = "derived from run.seed"
-    table = options.model_dump(mode="json", exclude_none=True)
+    table = {"name": method.name, "seed": seed, **options.model_dump(mode="json", exclude_none=True)}
     filled = recipe.model_copy(update={**sections, "method": table})
     return Resolved(filled, loaded, method, options, MappingProxyType(comments))
 
@@ -164,15 +174,18 @@ def _options(
 ) -> tuple[MethodOptions | None, list[Problem]]:
     """The typed options behind the `[method]` table, or what is wrong with it."""
     fields = method.Options.model_fields
+    valid = ["name", *CommonKeys.model_fields, *fields]
     values = dict(published.options)
     problems: list[Problem] = []
     for key, value in table.items():
-        if key not in fields:
-            hint = did_you_mean(key, "method", fields)
+        if key not in valid:
+            hint = did_you_mean(key, "method", valid)
             problems.append(Problem(f"method.{key}", f"{method.name} has no such option", hint))
-        else:
+        elif key in fields:
             text = texts.get(f"method.{key}")
             values[key] = value if text is None else parse_text(text, fields[key])
+    common = {key: table[key] for key in CommonKeys.model_fields if key in table}
+    problems += check_table("method", CommonKeys, common)[1]
     options, found = check_table("method", method.Options, values)
     return options, problems + found
 
