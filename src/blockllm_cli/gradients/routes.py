@@ -34,7 +34,9 @@ class Dense(Route):
 
     Args:
         dtype: element type of the sum; None keeps that of the gradient. With an equal dtype the first gradient itself
-            becomes the accumulator, so a single micro-batch costs no copy.
+            becomes the accumulator, so a single micro-batch costs no copy. That is safe because autograd hands a leaf
+            a buffer of its own, copying one that is still in use elsewhere; only a part of a larger buffer (the
+            gradient of `cat`, say) comes as it is, and is copied here, so that the rest of the buffer is not held.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
@@ -44,7 +46,8 @@ class Dense(Route):
     def accept(self, gradient: Tensor) -> None:
         """Add `gradient` to the sum in the accumulator's dtype."""
         if self._sum is None:
-            self._sum = gradient if self._dtype is None else gradient.to(self._dtype)
+            total = gradient if self._dtype is None else gradient.to(self._dtype)
+            self._sum = total if total.untyped_storage().nbytes() == total.nbytes else total.clone()
         else:
             self._sum.add_(gradient)
 
