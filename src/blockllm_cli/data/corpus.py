@@ -107,7 +107,7 @@ def open_corpora(data: Data, *, cache: Path | None = None, should_stop: StopChec
     if data.corpus == "builtin":
         from blockllm_cli.data.builtin import builtin_corpus
 
-        shards = (builtin_corpus(cache or _user_cache(), should_stop=should_stop),)
+        shards = (builtin_corpus(cache, should_stop=should_stop).path,)
         return Corpora(Corpus(shards, "train"), Corpus(shards, "validation"))
     if data.corpus != "files":
         raise RecipeError(
@@ -140,8 +140,3 @@ def found_files(key: str, patterns: str | Sequence[str]) -> tuple[Path, ...]:
         for file in files:
             found.setdefault(os.path.realpath(file), file)
     return tuple(sorted(found.values(), key=str))
-
-
-def _user_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "blockllm"
