@@ -86,7 +86,7 @@ def _unread(name: str, section: Section, origins: Mapping[str, Origin]) -> Itera
         for key, readers in keys.items():
             if f"{name}.{key}" in origins and chosen not in readers:
                 wanted = " or ".join(literal(reader) for reader in readers)
-                text = f"is read only with {selector} = {wanted}, and {selector} is {literal(chosen)}"
+                text = f"nothing reads it with {selector} = {literal(chosen)}: it goes with {wanted}"
                 yield Problem(f"{name}.{key}", text, f"leave it out, or change {governor}")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import tomlkit
 from tomlkit.items import Table
 
+from blockllm_cli.recipe.layers import GOVERNED
 from blockllm_cli.recipe.names import TABLES
 from blockllm_cli.recipe.sections import Recipe
 
@@ -24,7 +26,10 @@ def dump_recipe(recipe: Recipe, comments: Mapping[str, str]) -> str:
     values = recipe.model_dump(mode="json", exclude_none=True)
     for name in TABLES:
         table: Table = tomlkit.table()
+        unread = _unread(name, values[name])
         for key, value in values[name].items():
+            if key in unread:
+                continue
             item = tomlkit.item(value)
             comment = comments.get(f"{name}.{key}")
             if comment:
@@ -32,6 +37,16 @@ def dump_recipe(recipe: Recipe, comments: Mapping[str, str]) -> str:
             table.add(key, item)
         document.add(name, table)
     return tomlkit.dumps(document)
+
+
+def _unread(name: str, values: Mapping[str, Any]) -> set[str]:
+    """Keys that another key of the table makes meaningless: they hold defaults, and writing them out is refused."""
+    return {
+        key
+        for governor, keys in GOVERNED.items()
+        for key, readers in keys.items()
+        if governor.partition(".")[0] == name and values[governor.partition(".")[2]] not in readers
+    }
 
 
 def recipe_sha256(recipe: Recipe) -> str:

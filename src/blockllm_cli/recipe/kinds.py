@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import tomllib
-from types import NoneType, UnionType
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 _WORDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a table"}
+_BOUNDS: Mapping[type, str] = MappingProxyType({Ge: "ge", Gt: "gt", Le: "le", Lt: "lt"})
 
 
 def allowed(field: FieldInfo) -> str:
@@ -18,9 +20,8 @@ def allowed(field: FieldInfo) -> str:
     extra = field.json_schema_extra
     if isinstance(extra, dict) and "allowed" in extra:
         return str(extra["allowed"])
-    bounds = " ".join(filter(None, (_bound(item) for item in _metadata(field))))
     words = " or ".join(dict.fromkeys(_words(option) for option in _options(field.annotation)))
-    return f"{words} {bounds}".rstrip()
+    return f"{words} {_range(field.metadata)}".rstrip()
 
 
 def literal(value: Any) -> str:
@@ -84,26 +85,20 @@ def unquoted(text: str) -> str:
     return text
 
 
-def _metadata(field: FieldInfo) -> list[Any]:
-    """Bounds of the field, also those annotated inside a union."""
-    items = list(field.metadata)
-    for option in get_args(field.annotation):
-        if get_origin(option) is Annotated:
-            for item in option.__metadata__:
-                items.extend(item.metadata if isinstance(item, FieldInfo) else [item])
-    return items
+def _range(metadata: Sequence[Any]) -> str:
+    """The bounds among the metadata of a field in words, or as an interval where there are two."""
+    bounds = {type(item): getattr(item, _BOUNDS[type(item)]) for item in metadata if type(item) in _BOUNDS}
+    low = next((kind_of for kind_of in (Ge, Gt) if kind_of in bounds), None)
+    high = next((kind_of for kind_of in (Le, Lt) if kind_of in bounds), None)
+    if low and high:
+        left, right = "[" if low is Ge else "(", "]" if high is Le else ")"
+        return f"in {left}{_number(bounds[low])}, {_number(bounds[high])}{right}"
+    words = {Ge: "of at least", Gt: "above", Le: "of at most", Lt: "below"}
+    return " ".join(f"{words[only]} {_number(value)}" for only, value in bounds.items())
 
 
-def _bound(item: Any) -> str:
-    if isinstance(item, Ge):
-        return f"of at least {item.ge}"
-    if isinstance(item, Gt):
-        return f"above {item.gt}"
-    if isinstance(item, Le):
-        return f"of at most {item.le}"
-    if isinstance(item, Lt):
-        return f"below {item.lt}"
-    return ""
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else str(value)
 
 
 def _options(annotation: Any) -> list[Any]:
@@ -134,9 +129,11 @@ def _words(option: Any) -> str:
     if get_origin(option) is Literal:
         *first, last = [literal(value) for value in get_args(option)]
         return f"{', '.join(first)} or {last}" if first else last
-    if _is_list(option):
-        items = get_args(option)
-        inner = _words(_options(items[0])[0]).split(" ", 1)[-1] + "s"
-        fixed = get_origin(option) is tuple and Ellipsis not in items
-        return f"a list of {len(items)} {inner}" if fixed else f"a list of {inner}"
-    return _WORDS.get(option, str(option))
+    if not _is_list(option):
+        return _WORDS.get(option, str(option))
+    items = get_args(option)
+    plural = _words(_options(items[0])[0]).split(" ", 1)[-1] + "s"
+    count = f"{len(items)} " if get_origin(option) is tuple and Ellipsis not in items else ""
+    metadata = [item for entry in getattr(items[0], "__metadata__", ()) for item in getattr(entry, "metadata", [entry])]
+    bounds = _range(metadata)
+    return f"a list of {count}{plural}" + (f", each {bounds}" if bounds else "")

@@ -12,7 +12,7 @@ from blockllm_cli.errors import RecipeError
 from blockllm_cli.recipe.files import RecipeFile, read_recipe_file, shown
 from blockllm_cli.recipe.kinds import kind, parse_text, toml_value, unquoted
 from blockllm_cli.recipe.names import TABLES, did_you_mean, which_table
-from blockllm_cli.recipe.origins import Origin, Problem, describe
+from blockllm_cli.recipe.origins import Origin, Problem
 from blockllm_cli.recipe.sections import SECTIONS
 
 REPLACES: Mapping[str, str] = MappingProxyType({"steps": "tokens", "tokens": "steps"})
@@ -37,26 +37,26 @@ class Layers:
         values: table -> key -> value.
         origins: `table` and `table.key` -> where it stands.
         texts: `method.key` -> its text in a flag, whose type only the method knows.
-        problems: finished lines for the user.
+        refused: what no table can check, each with the place where it stands.
     """
 
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    refused: list[tuple[Origin, Problem]] = field(default_factory=list)
 
     def add(self, layer: Layers) -> None:
         """Put `layer` over what is here."""
         for table, values in layer.values.items():
             mine = self.values.setdefault(table, {})
-            for key in _covered(table, mine, values):
+            for key in covered_keys(table, mine, values):
                 self._forget(table, key)
             mine.update(values)
             for key in values:
                 self.texts.pop(f"{table}.{key}", None)
         self.origins.update(layer.origins)
         self.texts.update(layer.texts)
-        self.problems.extend(layer.problems)
+        self.refused.extend(layer.refused)
 
     def drop_table(self, table: str) -> None:
         """Take `[table]` away as a whole."""
@@ -71,11 +71,15 @@ class Layers:
 
     def refuse(self, origin: Origin, problem: Problem) -> None:
         """Note that the form of this layer is wrong."""
-        self.problems.append(describe(problem, origin))
+        self.refused.append((origin, problem))
 
 
-def _covered(table: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Keys of `old` that make no sense any more under `new`."""
+def covered_keys(table: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Keys of `[table]` that make no sense any more when the values `new` are put over the values `old`.
+
+    They are the options of another method, the other way to give the same length, and what belonged to another
+    tokenizer or corpus.
+    """
     if table == "method" and "name" in new and old.get("name") != new["name"]:
         return list(old)  # options belong to the method they were written for
     if table == "schedule":
@@ -89,8 +93,8 @@ def _covered(table: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     return covered
 
 
-def file_layers(path: Path) -> Layers:
-    """The recipe in `path` over the files that it extends.
+def file_chain(path: Path) -> list[RecipeFile]:
+    """The recipe in `path`, the file that it extends, the file that that one extends, and so on.
 
     Raises:
         RecipeError: a file cannot be read or parsed, or files extend each other in a circle.
@@ -100,8 +104,17 @@ def file_layers(path: Path) -> Layers:
     while following is not None:
         chain.append(read_recipe_file(following))
         following = _extended(chain)
+    return chain
+
+
+def file_layers(path: Path) -> Layers:
+    """The recipe in `path` over the files that it extends.
+
+    Raises:
+        RecipeError: as `file_chain`.
+    """
     layers = Layers()
-    for file in reversed(chain):
+    for file in reversed(file_chain(path)):
         layers.add(_file_layer(file))
     return layers
 

@@ -71,7 +71,7 @@ class Draft:
 
     def line(self, problem: Problem) -> str:
         """One line of a message, as `LoadedRecipe.line` writes it."""
-        return _line(problem, self.layers, self.path)
+        return describe(problem, _place(problem, self.layers, self.path), _value(problem, self.layers))
 
     def finish(self) -> LoadedRecipe:
         """The loaded recipe.
@@ -120,14 +120,26 @@ def read_draft(path: str | Path, *, overrides: Sequence[str] = (), method: str |
             sections[table] = checked
     problems += cross_checks(sections, layers.origins)
     problems += _method_name(layers.values.get("method", {}))
-    lines = [*layers.problems, *(_line(problem, layers, found) for problem in problems)]
-    return Draft(found, layers, sections, lines)
+    placed = [(_place(problem, layers, found), problem) for problem in problems]
+    lines = [(place, describe(problem, place)) for place, problem in layers.refused]
+    lines += [(place, describe(problem, place, _value(problem, layers))) for place, problem in placed]
+    lines.sort(key=lambda line: _reading_order(line[0], found))
+    return Draft(found, layers, sections, [line for _, line in lines])
 
 
-def _line(problem: Problem, layers: Layers, path: Path) -> str:
+def _place(problem: Problem, layers: Layers, path: Path) -> Origin:
+    return origin_of(problem.key, layers.origins, Origin(shown(path)))
+
+
+def _value(problem: Problem, layers: Layers) -> Any:
     table, _, name = problem.key.partition(".")
-    value = layers.values.get(table, {}).get(name, ABSENT)
-    return describe(problem, origin_of(problem.key, layers.origins, Origin(shown(path))), value)
+    return layers.values.get(table, {}).get(name, ABSENT)
+
+
+def _reading_order(place: Origin, path: Path) -> tuple[bool, bool, str, int]:
+    """The recipe from top to bottom, then the files it extends, then the flags."""
+    is_flag = place.source.startswith("--")
+    return is_flag, place.source != shown(path), "" if is_flag else place.source, place.line or 0
 
 
 def _method_name(method: Mapping[str, Any]) -> Iterator[Problem]:
@@ -162,18 +174,19 @@ def _problem(
     if not key:
         return Problem(table, message.removeprefix("Value error, "))
     path = f"{table}.{key}"
-    if "extra_forbidden" in types:
+    field = model.model_fields.get(key)
+    if field is None:
         return Problem(path, "there is no such key", did_you_mean(key, table, model.model_fields))
-    field = model.model_fields[key]
-    if "missing" in types:
-        return Problem(path, "is missing", f"give {allowed(field)}: {field.description}")
+    description = f"({field.description})" if field.description else ""
+    if key not in values:
+        return Problem(path, f"is missing; give {allowed(field)} {description}".rstrip())
     if types == ["value_error"]:
-        return Problem(path, message.removeprefix("Value error, "), f"it is the {field.description}")
+        return Problem(path, f"{message.removeprefix('Value error, ')} {description}".rstrip())
     value = values[key]
     text = f"must be {allowed(field)}"
     if all(kind_of.endswith("_type") for kind_of in types):
         text += f", not {kind(value)}"
-    return Problem(path, text, _rewrite(value, field) or f"{key}: {field.description}")
+    return Problem(path, f"{text} {description}".rstrip(), _rewrite(value, field))
 
 
 def _rewrite(value: Any, field: FieldInfo) -> str:
