@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from support.tiny import TinyRuns
+
 GOLDEN = Path(__file__).parent / "golden"
 WITHOUT_REAL_TEXT = pytest.StashKey[list[str]]()
 
@@ -26,7 +28,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 @pytest.fixture
 def shared_dir(request: pytest.FixtureRequest) -> Path:
-    """Folder with `data/realtext` and `data/awkward`: $BLOCKLLM_SHARED, else the folder `shared` beside the checkout."""
+    """Folder with `data/realtext` and `data/awkward`: $BLOCKLLM_SHARED, else `shared` beside the checkout."""
     named = os.environ.get("BLOCKLLM_SHARED")
     place = Path(named) if named else Path(__file__).parents[2] / "shared"
     if not (place / "data" / "realtext").is_dir():
@@ -51,8 +53,21 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train-0/1/2.jsonl and validation.jsonl: 360 + 40 short documents that carry their own number."""
     folder = tmp_path_factory.mktemp("tiny-corpus")
     draw = random.Random(17)
-    nouns = "river stone garden letter window doctor market winter engine valley teacher morning".split()
-    verbs = "sees keeps follows remembers crosses paints answers carries".split()
+    nouns = [
+        "river",
+        "stone",
+        "garden",
+        "letter",
+        "window",
+        "doctor",
+        "market",
+        "winter",
+        "engine",
+        "valley",
+        "teacher",
+        "morning",
+    ]
+    verbs = ["sees", "keeps", "follows", "remembers", "crosses", "paints", "answers", "carries"]
     places = ["near the old mill", "in the north", "before dawn", "without a word", "for the third time"]
 
     def document(number: int) -> str:
@@ -69,3 +84,28 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps({"text": document(10_000 + i)}) for i in range(40)]
     (folder / "validation.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece model of 300 pieces trained on the tiny corpus."""
+    from blockllm_cli.data.tokenizer_training import train_tokenizer
+
+    lines = (tiny_corpus / "train-0.jsonl").read_text(encoding="utf-8").splitlines()
+    trained = train_tokenizer(
+        (json.loads(line)["text"] for line in lines),
+        vocab_size=300,
+        kind="bpe",
+        sample_bytes=1_000_000,
+        seed=0,
+        should_stop=lambda: False,
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
+    path.write_bytes(trained.model_bytes)
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, tiny_corpus: Path, tiny_tokenizer: Path) -> TinyRuns:
+    """Runs of a tiny Llama under a folder of this test."""
+    return TinyRuns(tmp_path, tiny_corpus, tiny_tokenizer)

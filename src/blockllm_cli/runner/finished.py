@@ -11,16 +11,13 @@ import torch
 
 from blockllm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from blockllm_cli.errors import InputError, InterruptedRunError, StopRequested
-from blockllm_cli.methods.resolve import Resolved, resolve
-from blockllm_cli.model.build import build_model
+from blockllm_cli.methods.resolve import Resolved, resolve_recipe
 from blockllm_cli.model.config import llama_config
 from blockllm_cli.model.generation import generate
-from blockllm_cli.model.llama import LlamaForCausalLM
+from blockllm_cli.model.llama import LlamaForCausalLM, build_model
 from blockllm_cli.model.weights import load_weights
-from blockllm_cli.optim.precision import precision_of
-from blockllm_cli.recipe.load import load_recipe
 from blockllm_cli.runner.inputs import prepare_inputs
-from blockllm_cli.runner.machine import choose_machine, on_machine
+from blockllm_cli.runner.machine import choose_machine, choose_precision, on_machine
 from blockllm_cli.tracking.run_folder import RECIPE, TOKENIZER, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
 from blockllm_cli.training.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, steps_on_disk
@@ -62,9 +59,8 @@ def opened_run(path: Path, *, step: int | None, overrides: Sequence[str] = ()) -
         InputError: no such run or checkpoint, or it is damaged.
     """
     folder = RunFolder.existing(path)
-    loaded = load_recipe(str(folder.path / RECIPE), overrides=overrides)
-    resolved = resolve(loaded)
-    machine = choose_machine(loaded)
+    resolved = resolve_recipe(folder.path / RECIPE, overrides=overrides)
+    machine = choose_machine(resolved.loaded)
     checkpoint = _checkpoint(folder, step)
     tokenizer = load_tokenizer(folder.path / TOKENIZER)
     recipe = resolved.recipe
@@ -72,7 +68,7 @@ def opened_run(path: Path, *, step: int | None, overrides: Sequence[str] = ()) -
         model = build_model(
             llama_config(recipe.model, tokenizer_vocab_size=tokenizer.vocab_size),
             seed=0,
-            dtype=precision_of(recipe.run.precision).weights,  # type: ignore[arg-type]  # decided when it was saved
+            dtype=choose_precision(recipe.run.precision, recipe.run.rounding, machine.device)[0].weights,
             device=machine.device,
         )
         load_weights(model, checkpoint.weights())
@@ -112,9 +108,7 @@ def evaluate_run(
             raise InterruptedRunError("stopped; nothing was written", stop.signal_number) from error
 
 
-def _evaluate(
-    run: OpenedRun, terminal: Terminal, should_stop: Callable[[], bool]
-) -> tuple[OpenedRun, Evaluation, str]:
+def _evaluate(run: OpenedRun, terminal: Terminal, should_stop: Callable[[], bool]) -> tuple[OpenedRun, Evaluation, str]:
     inputs = prepare_inputs(run.resolved, run.folder, terminal, should_stop)
     recipe = run.resolved.recipe
     rows, ranks = PAPER_BATCHES.get(recipe.model.size or "", (recipe.evaluate.rows, 1))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ class Inputs:
         validation: the fixed validation rows.
         validation_sha256: of those rows.
         settings: how documents become rows.
+        notices: events met while the validation rows were made, such as bad documents.
     """
 
     train: Corpus
@@ -39,6 +39,7 @@ class Inputs:
     validation: Rows
     validation_sha256: str
     settings: StreamSettings
+    notices: list[dict[str, Any]]
 
 
 def prepare_inputs(
@@ -60,16 +61,24 @@ def prepare_inputs(
     recipe = resolved.recipe
     corpora = _open(resolved, terminal, should_stop)
     tokenizer = _tokenizer(recipe, corpora, folder, terminal, should_stop)
-    config = llama_config(recipe.model, tokenizer_vocab_size=tokenizer.vocab_size)
+    config = llama_config(recipe.model, tokenizer_vocab_size=tokenizer.vocab_size, error=resolved.loaded.error)
     settings = stream_settings(recipe)
+    notices: list[dict[str, Any]] = []
     with terminal.working("tokenising the validation set"):
-        rows = validation_rows(corpora.validation, tokenizer, settings, recipe.evaluate.tokens, should_stop=should_stop)
+        rows = validation_rows(
+            corpora.validation,
+            tokenizer,
+            settings,
+            recipe.evaluate.tokens,
+            report=notices.append,
+            should_stop=should_stop,
+        )
     digest = rows_digest(b"", rows).hex()
     targets = int(rows.targets_per_row().sum())
     terminal.say(f"validation: {len(rows)} rows, {targets:,} targets, sha256 {digest[:12]}")
     if targets < recipe.evaluate.tokens:
-        terminal.say(f"note: evaluate.tokens asks for {recipe.evaluate.tokens:,} targets; the validation set has no more")
-    return Inputs(corpora.train, tokenizer, config, rows, digest, settings)
+        terminal.say(f"note: evaluate.tokens asks for {recipe.evaluate.tokens:,} targets; the set has no more")
+    return Inputs(corpora.train, tokenizer, config, rows, digest, settings, notices)
 
 
 def stream_settings(recipe: Recipe) -> StreamSettings:
@@ -112,7 +121,7 @@ def _tokenizer(
     assert wanted.vocab_size is not None  # filled when the recipe was resolved
     with terminal.working(f"training a tokenizer of {wanted.vocab_size:,} pieces ({wanted.kind})"):
         trained = train_tokenizer(
-            training_texts(corpora.train, should_stop),
+            corpora.train.texts(should_stop),
             vocab_size=wanted.vocab_size,
             kind=wanted.kind,
             sample_bytes=wanted.sample_bytes,
@@ -124,15 +133,5 @@ def _tokenizer(
     return tokenizer
 
 
-def training_texts(corpus: Corpus, should_stop: Callable[[], bool]) -> Iterator[str]:
-    """Texts of the training documents in file order."""
-    return corpus.texts(should_stop=should_stop)
-
-
 def _report(report: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in report.items() if isinstance(value, int))
-
-
-def text_sha256(text: str) -> str:
-    """Hex SHA-256 of a text."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()

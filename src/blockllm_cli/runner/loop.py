@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from blockllm_cli import metrics
 from blockllm_cli.data.stream import RowStream
 from blockllm_cli.errors import InterruptedRunError, StopRequested
 from blockllm_cli.memory.measure import MemoryMeter, process_memory
+from blockllm_cli.methods.base import Event
 from blockllm_cli.recipe.sections import Recipe
 from blockllm_cli.recipe.steps import total_steps
 from blockllm_cli.tracking.run_folder import EVENTS, METRICS, ROWS, JsonLines, RunFolder
@@ -75,6 +77,7 @@ class Loop:
         stop: StopFlag,
         stop_after: int | None,
         observed: Observed,
+        notices: Sequence[Event],
     ) -> None:
         self.trainer = trainer
         self.evaluator = evaluator
@@ -89,15 +92,14 @@ class Loop:
         self._recipe = recipe
         self._stop = stop
         self._stop_after = stop_after
+        self._notices = notices
         self._steps = total_steps(recipe)
         self._started = time.perf_counter()
         self._window = _Window()
         self._metrics = JsonLines(folder.path / METRICS)
         self._events = JsonLines(folder.path / EVENTS)
         self._rows = JsonLines(folder.path / ROWS) if recipe.tracking.log_rows else None
-        self._validation_counts = np.bincount(
-            evaluator.rows.target_ids(), minlength=len(trainer.state.unigram_counts)
-        )
+        self._validation_counts = np.bincount(evaluator.rows.target_ids(), minlength=len(trainer.state.unigram_counts))
 
     @property
     def step(self) -> int:
@@ -135,8 +137,12 @@ class Loop:
     def _begin(self) -> None:
         if self.observed.pending_row is not None:
             self._evaluate_and_log(self.observed.pending_row)
-        elif self.step == 0 and self._recipe.evaluate.at_start:
-            self._evaluate_and_log(metrics.counter_row(self.trainer.state))
+        elif self.step == 0:
+            for event in self._notices:
+                self._events.append({"step": 0, **event})
+                self._terminal.say(f"validation set: {_plain(event)}")
+            if self._recipe.evaluate.at_start:
+                self._evaluate_and_log(metrics.counter_row(self.trainer.state))
 
     def _observe(self, report: StepReport) -> None:
         self._count(report)

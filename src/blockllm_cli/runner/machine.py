@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from blockllm_cli import __version__
-from blockllm_cli.optim.precision import Precision, PrecisionName, precision_of
+from blockllm_cli.optim.precision import Precision, PrecisionName, Rounding, precision_of
 from blockllm_cli.recipe.load import LoadedRecipe
 from blockllm_cli.training.precision import bf16_is_faster
 
@@ -76,22 +76,23 @@ def on_machine(machine: Machine) -> Iterator[None]:
     """Hold torch to the machine's decisions for the duration of the block."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    filling: Any = torch.utils.deterministic  # a module whose one attribute is a property
+    fill = filling.fill_uninitialized_memory
     torch.set_num_threads(machine.threads)
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(machine.deterministic)
     # Filling fresh memory guards against reading it; nothing here does, and it costs a pass over every buffer.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    filling.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        filling.fill_uninitialized_memory = fill
 
 
-def choose_precision(name: str, rounding: str, state_dtype: str | None, device: torch.device) -> tuple[Precision, str]:
+def choose_precision(name: str, rounding: Rounding, device: torch.device) -> tuple[Precision, str]:
     """The precision of the run and, where `auto` was asked for, a line on what decided."""
     note = ""
     if name == "auto":
@@ -99,7 +100,7 @@ def choose_precision(name: str, rounding: str, state_dtype: str | None, device: 
         name = "bf16" if faster else "fp32"
         note = f"precision auto: {name}, since products in bf16 are {'' if faster else 'not '}faster on this machine"
     word: PrecisionName = name  # type: ignore[assignment]  # the schema allows no other words
-    return precision_of(word, "stochastic" if rounding == "stochastic" else "nearest", state_dtype), note
+    return precision_of(word, rounding), note
 
 
 def describe_environment(machine: Machine) -> dict[str, Any]:

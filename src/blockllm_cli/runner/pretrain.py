@@ -15,13 +15,12 @@ from blockllm_cli.errors import BlockLLMError, InterruptedRunError, RecipeError,
 from blockllm_cli.memory.measure import MemoryMeter
 from blockllm_cli.memory.plan import Plan, plan_run
 from blockllm_cli.methods.base import Method, Setting
-from blockllm_cli.methods.resolve import Resolved, resolve
-from blockllm_cli.model.build import build_model
-from blockllm_cli.model.llama import LlamaForCausalLM
+from blockllm_cli.methods.resolve import Resolved, resolve_recipe
+from blockllm_cli.model.llama import LlamaForCausalLM, build_model
 from blockllm_cli.model.weights import load_weights
 from blockllm_cli.recipe.availability import refuse_unavailable
 from blockllm_cli.recipe.dump import dump_recipe
-from blockllm_cli.recipe.load import LoadedRecipe, load_recipe
+from blockllm_cli.recipe.load import load_recipe
 from blockllm_cli.recipe.steps import total_steps, warmup_steps
 from blockllm_cli.runner.inputs import Inputs, prepare_inputs
 from blockllm_cli.runner.loop import Loop, Observed
@@ -63,11 +62,10 @@ def pretrain(request: PretrainRequest, terminal: Terminal) -> Path:
     Raises:
         BlockLLMError: every expected failure, each with its exit code.
     """
-    loaded, folder = _open(request)
-    resolved = resolve(loaded)
-    refuse_unavailable(loaded)
+    resolved, folder = _open(request)
+    refuse_unavailable(resolved.loaded)
     if folder is not None:
-        saved = load_recipe(str(folder.path / RECIPE)).recipe
+        saved = load_recipe(folder.path / RECIPE).recipe
         for note in check_comparable(saved, resolved.recipe, folder.path):
             terminal.say(f"note: {note}")
         resolved = resolved.with_precision(saved.run.precision)
@@ -76,7 +74,7 @@ def pretrain(request: PretrainRequest, terminal: Terminal) -> Path:
             terminal.say(f"this run is complete: {summary['steps']} updates, perplexity {summary['perplexity']}")
             return folder.path
     _check_stop_after(request, resolved)
-    machine = choose_machine(loaded)
+    machine = choose_machine(resolved.loaded)
     with StopFlag() as stop, on_machine(machine), contextlib.ExitStack() as stack:
         if folder is not None:
             stack.enter_context(folder.locked())
@@ -87,25 +85,23 @@ def pretrain(request: PretrainRequest, terminal: Terminal) -> Path:
         return _Run(request, resolved, machine, inputs, terminal, stop).carry_out(folder, stack)
 
 
-def _open(request: PretrainRequest) -> tuple[LoadedRecipe, RunFolder | None]:
-    loaded = None
+def _open(request: PretrainRequest) -> tuple[Resolved, RunFolder | None]:
+    resolved = None
     if request.recipe is not None:
-        loaded = load_recipe(request.recipe, overrides=request.overrides, method=request.method)
+        resolved = resolve_recipe(request.recipe, overrides=request.overrides, method=request.method)
     if request.resume is None:
-        if loaded is None:
+        if resolved is None:
             raise RecipeError("name a recipe: a file, or one of `blockllm recipes list`")
-        return loaded, None
-    folder = folder_to_resume(request.resume, loaded)
-    if loaded is None:
-        loaded = load_recipe(str(folder.path / RECIPE), overrides=request.overrides, method=request.method)
-    return loaded, folder
+        return resolved, None
+    folder = folder_to_resume(request.resume, resolved.loaded if resolved else None)
+    if resolved is None:
+        resolved = resolve_recipe(folder.path / RECIPE, overrides=request.overrides, method=request.method)
+    return resolved, folder
 
 
 def _check_stop_after(request: PretrainRequest, resolved: Resolved) -> None:
     if request.stop_after is not None and not 0 < request.stop_after <= total_steps(resolved.recipe):
-        raise RecipeError(
-            f"--stop-after {request.stop_after}: the run has updates 1 to {total_steps(resolved.recipe)}"
-        )
+        raise RecipeError(f"--stop-after {request.stop_after}: the run has updates 1 to {total_steps(resolved.recipe)}")
 
 
 def _interrupted(where: str, stop: StopFlag, folder: Path | None) -> InterruptedRunError:
@@ -132,9 +128,7 @@ class _Run:
         self.terminal = terminal
         self.stop = stop
         recipe = resolved.recipe
-        self.precision, note = choose_precision(
-            recipe.run.precision, recipe.run.rounding, recipe.method.get("state_dtype"), machine.device
-        )
+        self.precision, note = choose_precision(recipe.run.precision, recipe.run.rounding, machine.device)
         if note:
             terminal.say(note)
         self.resolved = resolved.with_precision(self.precision.name, note)
@@ -142,7 +136,7 @@ class _Run:
         rows, micro = self.recipe.batch.rows, self.recipe.batch.micro_rows or self.recipe.batch.rows
         self.micro_rows = micro
         self.method: Method = resolved.method_class(
-            resolved.options, Setting(resolved.method_seed, self.precision, micro_batches=rows // micro)
+            resolved.options, Setting(self.resolved.method_seed, self.precision, micro_batches=rows // micro)
         )
         self.plan: Plan = plan_run(inputs.config.parameter_shapes(), self.method, self.precision)
 
@@ -221,9 +215,7 @@ class _Run:
             device=self.machine.device,
         )
         factor = Schedule(schedule.shape, settings.steps, warmup_steps(self.recipe), schedule.min_ratio)
-        trainer = Trainer(
-            model, self.method, factor, stream, settings, state, probe=meter, should_stop=self.stop
-        )
+        trainer = Trainer(model, self.method, factor, stream, settings, state, probe=meter, should_stop=self.stop)
         return Loop(
             trainer=trainer,
             evaluator=self._evaluator(),
@@ -235,6 +227,7 @@ class _Run:
             stop=self.stop,
             stop_after=self.request.stop_after,
             observed=Observed.restore(checkpoint.state["observed"]) if checkpoint else Observed(),
+            notices=self.inputs.notices,
         )
 
     def _model(self, checkpoint: Checkpoint | None) -> LlamaForCausalLM:

@@ -33,7 +33,7 @@ def folder_to_resume(where: str, loaded: LoadedRecipe | None) -> RunFolder:
     if where not in (LATEST, LATEST_GOOD):
         return RunFolder.existing(Path(where))
     if loaded is None:
-        raise RecipeError(f"--resume {where} looks for runs of a recipe's name: name the recipe, or the folder of a run")
+        raise RecipeError(f"--resume {where} looks for runs of a recipe's name: name a recipe, or the folder of a run")
     return RunFolder.latest(Path(loaded.recipe.run.output), loaded.recipe.run.name)
 
 
@@ -57,7 +57,7 @@ def check_comparable(saved: Recipe, given: Recipe, folder: Path) -> list[str]:
         if key == "run.precision" and new == "auto":
             continue
         if key in _ROUNDING:
-            notes.append(f"{key} was {old!r} and is {new!r} now: from here on the run is not bit-equal to an unbroken one")
+            notes.append(f"{key} was {old!r}, now {new!r}: from here on the run is not bit-equal to an unbroken one")
         else:
             refused.append(f"  {key}: {old!r} in the run, {new!r} now")
     if refused:

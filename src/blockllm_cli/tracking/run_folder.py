@@ -1,8 +1,8 @@
 """The folder of one run: its name, its lock, its files.
 
-    runs/<name>/<run id>/
-        recipe.toml  environment.json  plan.json  metrics.jsonl  events.jsonl  [rows.jsonl]  log.txt  summary.json
-        tokenizer.model  checkpoints/
+runs/<name>/<run id>/
+    recipe.toml  environment.json  plan.json  metrics.jsonl  events.jsonl  [rows.jsonl]  log.txt  summary.json
+    tokenizer.model  checkpoints/
 """
 
 from __future__ import annotations

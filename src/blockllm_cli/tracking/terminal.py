@@ -148,10 +148,11 @@ class _LiveRun:
             self._progress.update(self._task, completed=step)
 
     def seconds_left(self, row: Mapping[str, Any]) -> float | None:
-        done = row[metrics.STEP] - self._first
+        done: int = row[metrics.STEP] - self._first
         if done <= 0:
             return None
-        return (time.perf_counter() - self._started) / done * (self.steps - row[metrics.STEP])
+        to_do: int = self.steps - row[metrics.STEP]
+        return (time.perf_counter() - self._started) / done * to_do
 
     def show(self, row: Mapping[str, Any], left: float | None) -> None:
         if self._progress is None or self._task is None:

@@ -7,9 +7,9 @@
         manifest.json          size and SHA-256 of each file above
     checkpoints/latest         name of the newest folder
 
-A folder is written under a hidden name, synced, and renamed; `latest` is replaced after that. Whatever kills the process
-leaves either the old checkpoints or the new one. All tensors are loaded by safetensors, all the rest as JSON: nothing in
-a checkpoint can run code.
+A folder is written under a hidden name, synced, and renamed; `latest` is replaced after that. Whatever kills the
+process leaves either the old checkpoints or the new one. All tensors are loaded by safetensors, all the rest as JSON:
+nothing in a checkpoint can run code.
 """
 
 from __future__ import annotations
@@ -70,10 +70,11 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = safe_open(path, framework="pt", device="cpu")
+            opened: Any = safe_open(path, framework="pt", device="cpu")  # untyped
         except (SafetensorError, OSError) as error:
             raise InputError(f"cannot read {path}: {error}") from error
-        self._names = list(self._file.keys())
+        self._file = opened
+        self._names: list[str] = list(opened.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:

@@ -93,9 +93,7 @@ def perplexity_of(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def legacy_loss(
-    row_nll: NDArray[np.float64], row_targets: NDArray[np.int64], batch_rows: int, ranks: int = 1
-) -> float:
+def legacy_loss(row_nll: NDArray[np.float64], row_targets: NDArray[np.int64], batch_rows: int, ranks: int = 1) -> float:
     """Mean over batches of the mean token loss of each, times N / (N + 1).
 
     Args:

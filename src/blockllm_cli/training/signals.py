@@ -43,4 +43,3 @@ class StopFlag:
         self.signal_number = number
         # Not print(): the signal may have come in the middle of one.
         os.write(2, f"\n{signal.Signals(number).name}: stopping and saving; once more to leave at once\n".encode())
-

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from blockllm_cli.data.batches import batch_of, micro_batches
 from blockllm_cli.data.rows import Rows
 from blockllm_cli.data.stream import RowStream, Taken, rows_digest
-from blockllm_cli.errors import BlockLLMError, DivergedError, StopRequested
+from blockllm_cli.errors import BlockLLMError, DivergedError, InputError, StopRequested
 from blockllm_cli.gradients.clip import kept_norm, scale_to
 from blockllm_cli.gradients.engine import routed
 from blockllm_cli.methods.base import Backward, Event, Method, PassResult, Rates
@@ -158,8 +158,14 @@ class Trainer:
             StopRequested: seen before the update in hand had changed anything; `state` is that of the last finished
                 update.
             DivergedError: loss or kept norm is not finite and the recipe says stop; no weight was changed by it.
+            InputError: the data end before the first update, or cannot be read.
         """
         taken = self._next()
+        if taken is None and self.state.step == 0:
+            raise InputError(
+                f"the training data give fewer rows than one update needs (batch.rows = {self._settings.rows}); lower "
+                'batch.rows or data.sequence_length, give more data, or set data.on_exhausted = "repeat"'
+            )
         while taken is not None:
             started = time.perf_counter()
             report = self._update(self.state.step + 1, taken, started)
@@ -171,7 +177,10 @@ class Trainer:
                 taken = self._next()
             except (StopRequested, BlockLLMError) as error:
                 failure, taken = error, None
-            yield replace(report, is_last=taken is None and failure is None)
+            is_last = taken is None and failure is None
+            yield replace(
+                report, is_last=is_last, events=report.events + (self._stream.events_at_end if is_last else [])
+            )
             if failure is not None:
                 raise failure
 
@@ -250,7 +259,8 @@ class Trainer:
             f"update {step}: loss {loss}, gradient norm {norm}; no weight was changed by this update and the "
             f"checkpoints before it are healthy. Usual causes: a learning rate that is too high (here {rates.body:.3g} "
             f"for matrices, {rates.dense:.3g} for embedding, head and norms), too short a warm-up, clipping off, or "
-            'bf16 where fp32 is needed. Lower schedule.learning_rate, set schedule.clip = 1.0, or run.on_nonfinite = "skip"'
+            "bf16 where fp32 is needed. Lower schedule.learning_rate, set schedule.clip = 1.0, or set "
+            'run.on_nonfinite = "skip"'
         )
 
     def _advance(self, rows: Rows) -> None:

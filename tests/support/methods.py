@@ -1,0 +1,75 @@
+"""A toy Llama and a short loop of updates for one method, as the trainer makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from blockllm_cli.gradients.engine import routed
+from blockllm_cli.methods.base import Method, Rates, Setting
+from blockllm_cli.methods.registry import method_class
+from blockllm_cli.model.batch import Batch
+from blockllm_cli.model.config import LlamaConfig
+from blockllm_cli.model.llama import LlamaForCausalLM, build_model
+from blockllm_cli.optim.precision import PrecisionName, Rounding, precision_of
+
+ROWS, LENGTH = 6, 12
+
+
+def toy_config(*, tied: bool = False) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+
+
+def toy_llama(dtype: torch.dtype = torch.float32, *, tied: bool = False, seed: int = 3) -> LlamaForCausalLM:
+    return build_model(toy_config(tied=tied), seed=seed, dtype=dtype, device=torch.device("cpu"))
+
+
+def make_method(
+    name: str,
+    *,
+    precision: PrecisionName = "fp32",
+    rounding: Rounding = "nearest",
+    micro_batches: int = 1,
+    seed: int = 5,
+    **options,
+) -> Method:
+    kind = method_class(name)
+    return kind(kind.Options(**options), Setting(seed, precision_of(precision, rounding), micro_batches))
+
+
+def toy_batch(step: int, rows: slice = slice(None)) -> Batch:
+    """Rows of update `step`: half of the ids repeat, so that there is something to learn; all positions are targets."""
+    draw = torch.Generator().manual_seed(1000 + step)
+    ids = torch.randint(64, (ROWS, LENGTH + 1), generator=draw)
+    ids[:, 1::2] = ids[:, 0:-1:2]
+    ids = ids[rows]
+    targets = ids[:, 1:].reshape(-1)
+    return Batch(ids[:, :-1].contiguous(), None, torch.arange(targets.numel()), targets)
+
+
+def run_update(method: Method, model: LlamaForCausalLM, step: int, rates: Rates, *, micro_batches: int = 1, **keywords):
+    """One update of `method`; returns the loss before it."""
+    (asked,) = method.passes(step)
+    loss = 0.0
+    size = ROWS // micro_batches
+    with routed(model, asked.routes):
+        for start in range(0, ROWS, size):
+            part, nll = model.loss(toy_batch(step, slice(start, start + size)), scale=1.0 / (ROWS * LENGTH))
+            part.backward()
+            loss += float(nll) / (ROWS * LENGTH)
+    chosen = {name: route.result() for name, route in asked.routes.items()}
+    method.update(step, rates, chosen, **keywords)
+    return loss
+
+
+def run_updates(method: Method, model: LlamaForCausalLM, steps: Iterable[int], rates: Rates, **keywords) -> list[float]:
+    return [run_update(method, model, step, rates, **keywords) for step in steps]
