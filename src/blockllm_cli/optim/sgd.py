@@ -19,7 +19,10 @@ def sgd_step(
     nesterov: bool,
     weight_decay: float,
 ) -> None:
-    """One update in place, bit-equal to `torch.optim.SGD` with `fused=True`; nothing is read by the host.
+    """One update in place, bit-equal to `torch.optim.SGD`; nothing is read by the host.
+
+    Written as a few foreach calls: the fused kernel is wrong for bf16 on the CPU (torch 2.13 writes garbage into the
+    momentum buffer).
 
     Args:
         weights: any shapes; all of one dtype (fp32 or bf16) and device.
@@ -32,19 +35,16 @@ def sgd_step(
     """
     if not weights:
         return
-    torch._fused_sgd_(
-        list(weights),
-        list(gradients),
-        list(momentum_buffers),
-        weight_decay=weight_decay,
-        momentum=momentum,
-        lr=lr,
-        dampening=0.0,
-        nesterov=nesterov,
-        maximize=False,
-        # With dampening 0, a buffer of zeros becomes the gradient by itself.
-        is_first_step=False,
-    )
+    weights, gradients, buffers = list(weights), list(gradients), list(momentum_buffers)
+    if weight_decay:
+        torch._foreach_add_(gradients, weights, alpha=weight_decay)
+    if momentum:
+        # A buffer of zeros becomes the first gradient by itself.
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, gradients)
+    if momentum and nesterov:
+        torch._foreach_add_(gradients, buffers, alpha=momentum)
+    torch._foreach_add_(weights, buffers if momentum and not nesterov else gradients, alpha=-lr)
 
 
 @dataclass(frozen=True)
