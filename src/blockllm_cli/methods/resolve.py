@@ -22,7 +22,7 @@ from blockllm_cli.model.config import LlamaConfig, llama_config
 from blockllm_cli.recipe.kinds import parse_text
 from blockllm_cli.recipe.load import Draft, LoadedRecipe, check_table, read_draft
 from blockllm_cli.recipe.names import did_you_mean
-from blockllm_cli.recipe.origins import Problem
+from blockllm_cli.recipe.origins import Problem, joined
 from blockllm_cli.recipe.sections import SECTIONS, SEED_LIMIT, Model, PrecisionWord, Recipe, Section, Tokenizer
 from blockllm_cli.recipe.seeds import derived_seed
 
@@ -66,7 +66,7 @@ class CommonKeys(Section):
     """Keys of `[method]` that every method has beside its own options and `name`."""
 
     seed: int | None = Field(
-        None, ge=0, le=SEED_LIMIT, description="seed of the method's own draws; absent: from run.seed"
+        None, ge=0, le=SEED_LIMIT, description="Seed of the method's own draws. Absent: derived from run.seed."
     )
 
 
@@ -79,7 +79,7 @@ def resolve_recipe(path: str | Path, *, overrides: Sequence[str] = (), method: s
     draft = read_draft(path, overrides=overrides, method=method)
     problems = [*draft.problems, *_draft_problems(draft)]
     if problems:
-        raise RecipeError("\n".join(problems))
+        raise RecipeError(joined(problems))
     return resolve(draft.finish())
 
 
@@ -95,7 +95,7 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
     size, published = nearest_hyperparameters(method.facts, config)
     options, problems = _options(method, recipe.method, loaded.texts, published)
     if options is None or problems:
-        raise RecipeError("\n".join(loaded.line(problem) for problem in problems))
+        raise RecipeError(joined([loaded.line(problem) for problem in problems]))
     source = f"from: {method.name}, {size}, {published.source}"
     sections, comments = _filled_sections(loaded, published, source)
     for key in set(type(options).model_fields) - set(recipe.method):
@@ -120,6 +120,11 @@ def assumed_config(model: Model, tokenizer: Tokenizer, *, error: Callable[..., R
     """
     pieces = tokenizer.vocab_size if tokenizer.source == "train" else model.vocab_size
     return llama_config(model, tokenizer_vocab_size=pieces or UNKNOWN_VOCABULARY, error=error)
+
+
+def vocabulary_is_known(model: Model, tokenizer: Tokenizer) -> bool:
+    """Whether the rows of embedding and head follow from the recipe alone."""
+    return model.vocab_size is not None or tokenizer.source == "train"
 
 
 def nearest_hyperparameters(facts: MethodFacts, config: LlamaConfig) -> tuple[str, Hyperparameters]:

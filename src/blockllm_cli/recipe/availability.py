@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from blockllm_cli.errors import RecipeError
 from blockllm_cli.recipe.load import LoadedRecipe
-from blockllm_cli.recipe.origins import Problem
+from blockllm_cli.recipe.origins import Problem, joined
 
 _OWN_TEXT = "use your own files: --set data.corpus=files --set 'data.train=DIR/*.jsonl', or --set data.corpus=builtin"
 _OWN_TOKENIZER = (
@@ -26,7 +26,7 @@ def refuse_unavailable(loaded: LoadedRecipe) -> None:
     """
     lines = unavailable(loaded)
     if lines:
-        raise RecipeError("\n".join(lines))
+        raise RecipeError(joined(lines))
 
 
 def _problems(loaded: LoadedRecipe) -> list[Problem]:

@@ -23,7 +23,7 @@ def dump_recipe(recipe: Recipe, comments: Mapping[str, str]) -> str:
         comments: `table.key` -> text put behind the value, such as where it came from.
     """
     document = tomlkit.document()
-    values = recipe.model_dump(mode="json", exclude_none=True)
+    values = written_values(recipe)
     for name in TABLES:
         table: Table = tomlkit.table()
         unread = _unread(name, values[name])
@@ -49,7 +49,22 @@ def _unread(name: str, values: Mapping[str, Any]) -> set[str]:
     }
 
 
+def written_values(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Table -> key -> plain value of everything that `recipe` says: no absent value, and no key that nothing reads.
+
+    Keys that only another tokenizer or corpus reads have their defaults, and a recipe that gave one would be refused.
+    """
+    values: dict[str, dict[str, Any]] = recipe.model_dump(mode="json", exclude_none=True)
+    for governor, keys in GOVERNED.items():
+        table, _, selector = governor.partition(".")
+        for key, readers in keys.items():
+            if values[table][selector] not in readers:
+                values[table].pop(key, None)
+    return values
+
+
 def recipe_sha256(recipe: Recipe) -> str:
     """Hash of the values alone, as 64 hexadecimal digits: comments, order and layout of the text do not matter."""
-    values = recipe.model_dump(mode="json", exclude_none=True)
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(written_values(recipe), sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()

@@ -17,7 +17,8 @@ def flattened(path: Path) -> str:
     """The text of the recipe in `path` with the files that it extends written into it.
 
     A recipe that extends nothing is returned as it is. Else every table has the keys of the extended file first, each
-    where that file has it and with the comment of the file whose value holds; the comment at the top is that of `path`.
+    where that file has it; a value that covers another brings its comment, or keeps that of the other if it has none.
+    The comment at the top is that of `path`.
 
     Raises:
         RecipeError: a file cannot be read or parsed.
@@ -46,8 +47,8 @@ def _cover(document: TOMLDocument, other: TOMLDocument) -> None:
             document.add(name, table)
             continue
         mine = document[name]
-        for key in covered_keys(name, mine.unwrap(), table.unwrap()):
-            del mine[key]
+        for covered in covered_keys(name, mine.unwrap(), table.unwrap()):
+            del mine[covered]
         for key, item in table.value.body:  # not items(), which gives a boolean without its comment
             if key is not None:
                 mine[key] = item

@@ -17,7 +17,7 @@ from blockllm_cli.recipe.files import find_recipe, shown
 from blockllm_cli.recipe.kinds import allowed, kind, parse_text
 from blockllm_cli.recipe.layers import Layers, file_layers, method_layer, set_layer
 from blockllm_cli.recipe.names import did_you_mean
-from blockllm_cli.recipe.origins import ABSENT, Origin, Problem, describe, origin_of
+from blockllm_cli.recipe.origins import ABSENT, Origin, Problem, describe, joined, origin_of
 from blockllm_cli.recipe.sections import SECTIONS, Recipe, Section
 
 Table = TypeVar("Table", bound=BaseModel)
@@ -80,7 +80,7 @@ class Draft:
             RecipeError: there are problems; one line for each.
         """
         if self.problems:
-            raise RecipeError("\n".join(self.problems))
+            raise RecipeError(joined(self.problems))
         recipe = Recipe(**self.sections, method=dict(self.method))  # type: ignore[arg-type]
         return LoadedRecipe(recipe, self.layers.origins, self.path, self.layers.texts)
 
@@ -177,7 +177,7 @@ def _problem(
     field = model.model_fields.get(key)
     if field is None:
         return Problem(path, "there is no such key", did_you_mean(key, table, model.model_fields))
-    description = f"({field.description})" if field.description else ""
+    description = f"({field.description.rstrip('.')})" if field.description else ""
     if key not in values:
         return Problem(path, f"is missing; give {allowed(field)} {description}".rstrip())
     if types == ["value_error"]:

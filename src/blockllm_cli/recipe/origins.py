@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,11 @@ class Problem(NamedTuple):
 def origin_of(key: str, origins: Mapping[str, Origin], default: Origin) -> Origin:
     """Where `key` stands; for an absent key where its table begins, else `default`."""
     return origins.get(key) or origins.get(key.partition(".")[0]) or default
+
+
+def joined(lines: Sequence[str]) -> str:
+    """The text of one error that names several problems, one a line."""
+    return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines])
 
 
 def describe(problem: Problem, origin: Origin, value: Any = ABSENT) -> str:

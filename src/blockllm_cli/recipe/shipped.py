@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
@@ -24,6 +25,14 @@ def shipped_path(name: str) -> Path | None:
     """The file of the shipped recipe `name` (with or without `.toml`), or None if there is none of that name."""
     plain = name.removesuffix(".toml")
     return shipped_folder() / f"{plain}.toml" if plain in shipped_names() else None
+
+
+def summary_of(name: str) -> str:
+    """The first sentence of the comment at the top of the shipped recipe `name`."""
+    text = (shipped_folder() / f"{name}.toml").read_text(encoding="utf-8")
+    heading = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    comment = " ".join(line.lstrip("# ").rstrip() for line in heading)
+    return comment.partition(". ")[0].rstrip(".") + "."
 
 
 def _order(name: str) -> tuple[int, float, str]:

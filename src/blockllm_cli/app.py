@@ -1,0 +1,154 @@
+"""The command line as a whole: which commands there are, and how a process ends.
+
+Commands are loaded when they are called, so that `blockllm --help` imports none of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any, Literal, NamedTuple
+
+import typer
+from typer.core import TyperGroup
+
+from blockllm_cli import __version__
+from blockllm_cli.errors import BlockLLMError, ExitCode, InterruptedRunError
+
+SIGPIPE_STATUS = 128 + 13
+INTERRUPT_STATUS = 128 + 2
+MARKUP: Literal["markdown"] = "markdown"  # in the other form [method] would be taken for a style
+
+
+class CommandEntry(NamedTuple):
+    """Where a command is, and the line about it in `blockllm --help`."""
+
+    place: str
+    summary: str
+    panel: str
+
+
+COMMANDS: dict[str, CommandEntry] = {
+    "pretrain": CommandEntry("pretrain:pretrain", "Train a Llama from a recipe, or go on with a run.", "Runs"),
+    "evaluate": CommandEntry("evaluate:evaluate", "Compute the perplexity of a run.", "Runs"),
+    "generate": CommandEntry("generate:generate", "Continue a prompt with the model of a run.", "Runs"),
+    "recipes": CommandEntry("recipes:app", "List, show and copy the recipes that come with blockllm.", "Recipes"),
+    "validate": CommandEntry("validate:validate", "Check a recipe, and print every value it leads to.", "Recipes"),
+    "methods": CommandEntry("methods:methods", "List the training methods, or describe one.", "Recipes"),
+    "doctor": CommandEntry("doctor:doctor", "Look at this machine: versions, devices, speed, disk.", "Machine"),
+}
+"""Command name -> `module of blockllm_cli.commands:function or typer app`."""
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands stand for modules that are imported when one of them is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Name, real command and remaining arguments of a call."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name in COMMANDS else command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; typer would end with 1, our code for a bug, when a reader such as `head` has gone."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise typer.Exit(_reader_gone()) from error
+
+
+def load_command(name: str) -> Any:
+    """Import the command `name` and make it callable from a command line."""
+    module, _, attribute = COMMANDS[name].place.partition(":")
+    loaded = getattr(import_module(f"blockllm_cli.commands.{module}"), attribute)
+    if not isinstance(loaded, typer.Typer):
+        function, loaded = loaded, typer.Typer(add_completion=False, rich_markup_mode=MARKUP)
+        loaded.command(name)(function)
+    return typer.main.get_command(loaded)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"blockllm {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Memory-efficient pretraining of Llama-style models, from recipes.
+
+    Example: blockllm pretrain quickstart
+    """
+
+
+def _stand_in() -> None:
+    """Take the place of a command in the list of commands; `LazyGroup` swaps the real one in."""
+
+
+def _make_app() -> typer.Typer:
+    made = typer.Typer(
+        cls=LazyGroup,
+        name="blockllm",
+        no_args_is_help=True,
+        rich_markup_mode=MARKUP,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback()(_root)
+    for name, entry in COMMANDS.items():
+        made.command(name, short_help=entry.summary, rich_help_panel=entry.panel)(_stand_in)
+    return made
+
+
+app = _make_app()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the status the process ends with.
+
+    Args:
+        arguments: what follows `blockllm`; absent: those of the process.
+    """
+    try:
+        status = typer.main.get_command(app).main(
+            args=list(sys.argv[1:] if arguments is None else arguments), prog_name="blockllm", standalone_mode=False
+        )
+        sys.stdout.flush()
+        return status if isinstance(status, int) else ExitCode.OK
+    except InterruptedRunError as error:
+        return _say(f"interrupted: {error}", error.status)
+    except BlockLLMError as error:
+        return _say(f"error: {error}", error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted", INTERRUPT_STATUS)
+    except BrokenPipeError:
+        return _reader_gone()
+    except Exception as error:
+        return _usage_or_bug(error)
+
+
+def _reader_gone() -> int:
+    """Let what is still to be printed vanish (Python flushes stdout at its end, and would complain)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return SIGPIPE_STATUS
+
+
+def _say(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return int(status)
+
+
+def _usage_or_bug(error: Exception) -> int:
+    """A misuse of the command line is shown by typer; all else is ours, with a traceback that shows no values."""
+    if hasattr(error, "exit_code") and hasattr(error, "format_message"):
+        from typer import rich_utils
+
+        rich_utils.rich_format_error(error)  # type: ignore[arg-type]
+        return int(error.exit_code)
+    traceback.print_exception(error)
+    return _say("this is a bug in blockllm: please report it with the lines above", ExitCode.BUG)
