@@ -97,6 +97,9 @@ class BlockSource:
     def close(self) -> None:
         """End the thread and the workers."""
         self._closed.set()
+        with suppress(queue.Empty):
+            while True:
+                self._waiting.get_nowait()  # a thread that waits for room goes on at once
         if self._pool is not None:
             self._pool.kill()
         self._reader.join()

@@ -114,9 +114,7 @@ def test_a_block_is_built_in_its_permuted_order(tmp_path):
 def test_documents_that_tokenise_to_nothing_are_counted(tmp_path):
     class Picky(WordTokenizer):
         def encode(self, texts):
-            return [
-                ids[:0] if "document 2" in text else ids for text, ids in zip(texts, super().encode(texts), strict=True)
-            ]
+            return super().encode(["" if "document 2" in text else text for text in texts])
 
     block = next(iter(read_blocks(shards(tmp_path, [good(i) for i in range(4)]), settings=settings())))
     built = build_block(block, Picky(), settings())

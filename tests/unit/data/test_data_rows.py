@@ -1,5 +1,7 @@
 """The two layouts of rows, against a slow second version and by their properties."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -66,7 +68,7 @@ def slow_pack(docs, length):
     rows = []
     for begin in range(0, len(stream), length):
         row = stream[begin : begin + length + 1]
-        if any(a[1] == b[1] for a, b in zip(row, row[1:], strict=False)):
+        if any(a[1] == b[1] for a, b in pairwise(row)):
             rows.append(row)
     return rows
 

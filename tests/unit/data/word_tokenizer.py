@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 import zlib
 
 import numpy as np
@@ -30,3 +32,13 @@ class FailingTokenizer(WordTokenizer):
         if any("poison" in text for text in texts):
             raise ValueError("this tokenizer fails on purpose")
         return super().encode(texts)
+
+
+class TorchFreeTokenizer(WordTokenizer):
+    """Refuses to be made where torch is loaded, except in the process of the test."""
+
+    def __init__(self, model_bytes: bytes = b"words") -> None:
+        super().__init__(model_bytes)
+        if multiprocessing.parent_process() is not None:
+            assert multiprocessing.get_start_method() == "spawn", "not spawned"
+            assert "torch" not in sys.modules, "torch is loaded in a worker"
