@@ -49,10 +49,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turn: Turn, mask: Tensor | None) -> Tensor:
         """Attend within `x` (B, L, D); `mask` as `attention_mask` makes it."""
+        query, key, value = self.projected(x, turn)
+        return cast(Tensor, self.o_proj(attend(query, key, value, mask)))
+
+    def projected(self, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries, turned keys and values of `x` (B, L, D), each (B, heads, L, K)."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         query, key = turned(self.q_proj(x).view(heads), turn), turned(self.k_proj(x).view(heads), turn)
-        value = self.v_proj(x).view(heads).transpose(1, 2)
-        return cast(Tensor, self.o_proj(attend(query, key, value, mask)))
+        return query, key, self.v_proj(x).view(heads).transpose(1, 2)
 
 
 class MLP(nn.Module):
