@@ -33,7 +33,7 @@ def dump_recipe(recipe: Recipe, comments: Mapping[str, str]) -> str:
             item = tomlkit.item(value)
             comment = comments.get(f"{name}.{key}")
             if comment:
-                item.comment(" ".join(comment.split()))
+                item.comment(_one_line(comment))
             table.add(key, item)
         document.add(name, table)
     return tomlkit.dumps(document)
@@ -47,6 +47,11 @@ def _unread(name: str, values: Mapping[str, Any]) -> set[str]:
         for key, readers in keys.items()
         if governor.partition(".")[0] == name and values[governor.partition(".")[2]] not in readers
     }
+
+
+def _one_line(comment: str) -> str:
+    """`comment` as TOML allows it: one line without control characters."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in comment).split())
 
 
 def written_values(recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -81,9 +81,7 @@ def read_recipe_file(path: Path) -> RecipeFile:
 def _decode(content: bytes, name: str) -> str:
     for mark, encoding in ((b"\xef\xbb\xbf", "UTF-8"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
         if content.startswith(mark):
-            raise RecipeError(
-                f"{name}:1: the file begins with a {encoding} byte order mark; save it as UTF-8 without one"
-            )
+            raise RecipeError(f"{name}:1: begins with a {encoding} byte order mark; save it as UTF-8 without one")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -114,8 +112,7 @@ def _instead(path: Path) -> str:
     folder = path.parent
     files = {str(file): file for file in folder.glob("*.toml")} if folder.is_dir() else {}
     near = nearest(str(path), [*files, *names]) or nearest(str(path.with_suffix("")), names)
-    meant = f"; did you mean {near}?" if near else ""
-    return f"{meant} Shipped recipes: {', '.join(names)}" if near is None else meant
+    return f"; did you mean {near}?" if near else f"; shipped recipes: {', '.join(names)}"
 
 
 def _inside(folder: Path) -> str:

@@ -156,7 +156,7 @@ def check_table(table: str, model: type[Table], values: Mapping[str, Any]) -> tu
     Values pass through JSON, where strictness keeps 1, 1.0, "1" and true apart and yet lists become tuples.
     """
     try:
-        return model.model_validate_json(json.dumps(values, default=str), strict=True), []
+        return model.model_validate_json(json.dumps(values, default=_date), strict=True), []
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
     kinds: dict[str, list[str]] = {}
@@ -166,6 +166,11 @@ def check_table(table: str, model: type[Table], values: Mapping[str, Any]) -> tu
         kinds.setdefault(key, []).append(detail["type"])
         messages[key] = detail["msg"]
     return None, [_problem(table, model, key, values, types, messages[key]) for key, types in kinds.items()]
+
+
+def _date(value: Any) -> dict[str, str]:
+    """A date of TOML in a form that no field takes: as text it would pass for a string."""
+    return {"date or time": str(value)}
 
 
 def _problem(
