@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from blockllm_cli.gradients.engine import routed
+from blockllm_cli.gradients.routes import Route
 from blockllm_cli.methods.base import Method, Rates, Setting
 from blockllm_cli.methods.registry import method_class
 from blockllm_cli.model.batch import Batch
@@ -56,17 +57,26 @@ def toy_batch(step: int, rows: slice = slice(None)) -> Batch:
     return Batch(ids[:, :-1].contiguous(), None, torch.arange(targets.numel()), targets)
 
 
-def run_update(method: Method, model: LlamaForCausalLM, step: int, rates: Rates, *, micro_batches: int = 1, **keywords):
-    """One update of `method`; returns the loss before it."""
-    (asked,) = method.passes(step)
+def run_update(
+    method: Method,
+    model: LlamaForCausalLM,
+    step: int,
+    rates: Rates,
+    *,
+    micro_batches: int = 1,
+    routes: Mapping[str, Route] | None = None,
+    **keywords,
+) -> float:
+    """One update of `method`, through `routes` instead of its own if they are given; returns the loss before it."""
+    routes = routes or next(method.passes(step)).routes
     loss = 0.0
     size = ROWS // micro_batches
-    with routed(model, asked.routes):
+    with routed(model, routes):
         for start in range(0, ROWS, size):
             part, nll = model.loss(toy_batch(step, slice(start, start + size)), scale=1.0 / (ROWS * LENGTH))
             part.backward()
             loss += float(nll) / (ROWS * LENGTH)
-    chosen = {name: route.result() for name, route in asked.routes.items()}
+    chosen = {name: route.result() for name, route in routes.items()}
     method.update(step, rates, chosen, **keywords)
     return loss
 
