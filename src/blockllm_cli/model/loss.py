@@ -72,20 +72,10 @@ class _ChunkedNLL(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, scale: float, chunk: int | None
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        parts = _chunks(hidden, head, chunk)
-        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        # Sums over chunks are kept in fp32: each addition in bf16 would round the whole head gradient once more.
-        head_gradient = None
-        losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        for part in parts:
-            logits = hidden[part] @ head.t()
-            _log_softmax_step(logits, targets[part], losses[part], gradient_scale=scale)
-            if hidden_gradient is not None:
-                torch.mm(logits, head, out=hidden_gradient[part])
-            if needs_head:
-                head_gradient = _add_product(head_gradient, logits, hidden[part], single=len(parts) == 1)
-        if needs_head:
-            head_gradient = torch.zeros_like(head) if head_gradient is None else head_gradient.to(head.dtype)
+        losses, hidden_gradient, head_sum = _with_gradients(
+            hidden, head, targets, scale, chunk, needs_hidden=needs_hidden, needs_head=needs_head
+        )
+        head_gradient = None if head_sum is None else head_sum.to(head.dtype)
         ctx.gradients = (hidden_gradient, head_gradient)
         total = losses.sum(dtype=torch.float64)
         ctx.mark_non_differentiable(total)
@@ -107,6 +97,39 @@ class _ChunkedNLL(torch.autograd.Function):
         return hidden_gradient, head_gradient, None, None, None
 
 
+def _with_gradients(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    scale: float,
+    chunk: int | None,
+    *,
+    needs_hidden: bool,
+    needs_head: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Token losses (N,) fp32, and the gradients of their scaled sum: of `hidden`, and of `head`.
+
+    The head's is summed over chunks in fp32 and returned so; that of a single chunk has the head's dtype.
+    """
+    parts = _chunks(hidden, head, chunk)
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+    hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+    head_sum = torch.zeros_like(head) if needs_head and not parts else None
+    scratch = hidden.new_empty(max((part.stop - part.start for part in parts), default=0), head.shape[0])
+    for part in parts:
+        logits = torch.mm(hidden[part], head.t(), out=scratch[: part.stop - part.start])
+        _log_softmax_step(logits, targets[part], losses[part], gradient_scale=scale)
+        if hidden_gradient is not None:
+            torch.mm(logits, head, out=hidden_gradient[part])
+        if needs_head and len(parts) == 1:
+            head_sum = logits.t() @ hidden
+        elif needs_head:
+            if head_sum is None:
+                head_sum = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+            _add_product(head_sum, logits, hidden[part], targets[part], losses[part], scale)
+    return losses, hidden_gradient, head_sum
+
+
 def _chunks(hidden: Tensor, head: Tensor, chunk: int | None) -> list[slice]:
     """Slices of nearly equal length, at most `chunk` tokens each, that cover all tokens."""
     tokens = hidden.shape[0]
@@ -116,19 +139,33 @@ def _chunks(hidden: Tensor, head: Tensor, chunk: int | None) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(bounds)]
 
 
-def _add_product(total: Tensor | None, logits: Tensor, hidden: Tensor, *, single: bool) -> Tensor:
-    """`total` + logits^T hidden, (V, D); fp32 unless this is the `single` chunk."""
-    if total is None:
-        if single or logits.dtype == torch.float32:
-            return logits.t() @ hidden
-        total = torch.zeros(logits.shape[1], hidden.shape[1], dtype=torch.float32, device=logits.device)
-    if total.dtype == logits.dtype:
-        return total.addmm_(logits.t(), hidden)
+def _add_product(
+    total: Tensor, gradient: Tensor, hidden: Tensor, targets: Tensor, losses: Tensor, scale: float
+) -> None:
+    """Add one chunk's gradient^T hidden to `total` (V, D) fp32; `gradient` (n, V) is overwritten."""
+    if gradient.dtype == torch.float32:
+        torch.addmm(total, gradient.t(), hidden, out=total)
+        return
+    _split_off_targets(total, gradient, hidden, targets, losses, scale)
     # Rounded products are added while they are in the cache; adding the whole product took as long as making it.
-    rows = _cached_rows(hidden.shape[1], logits)
+    rows = _cached_rows(hidden.shape[1], gradient)
     for start in range(0, total.shape[0], rows):
-        total[start : start + rows].add_(logits[:, start : start + rows].t() @ hidden)
-    return total
+        total[start : start + rows].add_(gradient[:, start : start + rows].t() @ hidden)
+
+
+def _split_off_targets(
+    total: Tensor, gradient: Tensor, hidden: Tensor, targets: Tensor, losses: Tensor, scale: float
+) -> None:
+    """Take the -1 of unlikely targets out of `gradient` (n, V) and add its share to `total` (V, D) in fp32.
+
+    The entries softmax - 1 are by far the largest, and rounding them and their products to bf16, chunk by chunk, would
+    put the sum further from the truth than one product over all tokens is (measured: 2.4e-3 against 1.7e-3; so it is
+    1.7e-3). Where the softmax is 1/2 or more, softmax - 1 is the smaller number and stays.
+    """
+    likelihoods = losses.neg().exp()
+    ones = (likelihoods < 0.5).float()
+    gradient.scatter_(1, targets.unsqueeze(1), ((likelihoods + ones - 1) * scale).to(gradient.dtype).unsqueeze(1))
+    total.index_add_(0, targets, hidden * (ones * -scale).unsqueeze(1))
 
 
 def _cached_rows(columns: int, like: Tensor) -> int:
