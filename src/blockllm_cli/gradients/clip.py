@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # On the CPU torch adds up squares in a few running fp32 sums per norm: 3e7 entries at once lose 2e-3 of their norm
-# (measured). Rows of this many entries lose less than 1e-6 at the same speed. Its GPU kernels cut tensors by themselves.
+# (measured). Rows of this many entries lose less than 1e-6 at the same speed. Its GPU kernels cut by themselves.
 _CPU_ROW = 2**10
 _CPU_BLOCK = 2**18
 """Entries that are widened to fp32 at a time: they stay in the cache, and the workspace is 1 MiB."""
