@@ -35,6 +35,7 @@ class Observed:
         skipped: updates skipped for a non-finite value.
         train_loss: loss of the newest update.
         evaluation: figures of the newest evaluation, as in metrics.jsonl.
+        has_begun: whether what comes before the first update was done, or stands in `pending_row`.
         pending_row: a row whose evaluation a stop cut short; the resumed run evaluates and writes it first.
     """
 
@@ -43,6 +44,7 @@ class Observed:
     skipped: int = 0
     train_loss: float | None = None
     evaluation: metrics.Row = field(default_factory=dict)
+    has_begun: bool = False
     pending_row: metrics.Row | None = None
 
     @classmethod
@@ -137,7 +139,8 @@ class Loop:
     def _begin(self) -> None:
         if self.observed.pending_row is not None:
             self._evaluate_and_log(self.observed.pending_row)
-        elif self.step == 0:
+        elif not self.observed.has_begun:
+            self.observed.has_begun = True
             for event in self._notices:
                 self._events.append({"step": 0, **event})
                 self._terminal.say(f"validation set: {_plain(event)}")

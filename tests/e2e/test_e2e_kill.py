@@ -1,0 +1,90 @@
+"""What no handler can catch: SIGKILL at random moments, a disk that takes no more (R10)."""
+
+import random
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+
+from support.tiny import equal_rows, equal_tensors
+
+SETS = (
+    "schedule.steps=300",
+    "checkpoint.every=3",
+    "evaluate.every=50",
+    "data.workers=1",
+    "batch.micro_rows=4",
+)
+ARGUMENTS = [part for each in SETS for part in ("--set", each)]
+
+
+def rows_written(tiny) -> int:
+    runs = tiny.folder / "runs" / "tiny"
+    if not runs.is_dir():
+        return 0
+    path = max(runs.iterdir()) / "metrics.jsonl"
+    return path.stat().st_size if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_and_the_run_is_the_unbroken_one_r10(tiny):
+    whole = tiny.call(*ARGUMENTS)
+    assert whole.returncode == 0, whole.stderr
+    unbroken = tiny.newest()
+    unbroken.folder.rename(tiny.folder / "unbroken")
+    unbroken.folder = tiny.folder / "unbroken"
+    draw = random.Random(20)
+    killed = 0
+    while killed < 10:
+        again = ["--resume", "latest"] if (tiny.folder / "runs" / "tiny").is_dir() and any_recipe(tiny) else []
+        process = subprocess.Popen(
+            tiny.command(*ARGUMENTS, *again), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        before, deadline = rows_written(tiny), time.monotonic() + 120
+        while rows_written(tiny) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0.0, 0.6))
+        if process.poll() is not None:
+            assert process.returncode == 0, process.stderr.read()
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+        killed += 1
+    assert killed >= 5, "the run was over before it was killed often enough"
+    done = tiny.call(*ARGUMENTS, "--resume", "latest")
+    assert done.returncode == 0, done.stderr
+    resumed = tiny.newest()
+    assert resumed.summary["status"] == "completed"
+    equal_rows(unbroken.metrics, resumed.metrics)
+    equal_tensors(unbroken.tensors(), resumed.tensors())
+    assert unbroken.rows == resumed.rows
+    assert not list((resumed.folder / "checkpoints").glob(".*"))
+
+
+def any_recipe(tiny) -> bool:
+    return any((tiny.folder / "runs" / "tiny").glob("*/recipe.toml"))
+
+
+def test_a_disk_that_takes_no_more_keeps_the_old_checkpoints_r10(tiny):
+    whole = tiny.run("checkpoint.every=3")
+    cut = tiny.run("checkpoint.every=3", stop_after=5)
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    done = tiny.call("--set", "checkpoint.every=3", "--resume", str(cut.folder), preexec_fn=small_files)
+    assert done.returncode == 6, done.stderr
+    assert "method.safetensors" in done.stderr or "step-00000006" in done.stderr
+    assert "free" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in (cut.folder / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000003",
+        "step-00000005",
+    ]
+    resumed = tiny.run("checkpoint.every=3", resume="latest")
+    equal_rows(whole.metrics, resumed.metrics)
+    equal_tensors(whole.tensors(), resumed.tensors())
