@@ -17,8 +17,13 @@ from blockllm_cli.training.trainer import Trainer, TrainerSettings, TrainState
 
 LENGTH = 251
 CONFIG = LlamaConfig(
-    hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=300
-)  # fmt: skip
+    hidden_size=32,
+    intermediate_size=88,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    vocab_size=300,
+)
 CPU = torch.device("cpu")
 
 
