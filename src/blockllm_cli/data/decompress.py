@@ -81,7 +81,6 @@ def _gunzipped(file: BinaryIO) -> Iterator[bytes]:
         member = zlib.decompressobj(wbits=_GZIP_WBITS)
         is_begun = False
     if is_begun:
-        yield member.flush()
         raise DamagedError("the gzip data break off: the file is cut short")
 
 

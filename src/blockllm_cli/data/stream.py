@@ -186,8 +186,7 @@ class RowStream:
             self._row += len(part)
             missing -= len(part)
         if missing > 0:
-            if not self.events_at_end:
-                self.events_at_end = [*self._events, {"kind": "exhausted", "rows_dropped": count - missing}]
+            self.events_at_end = [*self._events, {"kind": "exhausted", "rows_dropped": count - missing}]
             return None
         taken = Taken(Rows.concatenate(self._gathered), self._events)
         self._gathered, self._events = [], []

@@ -3,17 +3,17 @@
 import gzip
 import json
 import os
-import random
 import subprocess
 import sys
-from pathlib import Path
+import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_shards import bad, lines_of, outcome, texts
 
 from blockllm_cli.data import decompress, reader
-from blockllm_cli.data.reader import BadDocument, Document, EmptyDocument, Position, ShardReader
+from blockllm_cli.data.reader import Document, EmptyDocument, Position, ShardReader
 from blockllm_cli.errors import InputError, StopRequested
 
 # Good documents, bad ones, empty ones, surrogates replaced.
@@ -37,33 +37,6 @@ AWKWARD = {
     "not-gzip-plain-json": (5, 0, 0, 0),
     "odd-unicode": (3, 0, 0, 1),
 }
-
-
-def outcome(path: Path) -> tuple[int, int, int, int]:
-    records = list(ShardReader(path))
-    good = [record for record in records if isinstance(record, Document)]
-    return (
-        len(good),
-        sum(isinstance(record, BadDocument) for record in records),
-        sum(isinstance(record, EmptyDocument) for record in records),
-        sum(record.surrogates for record in good),
-    )
-
-
-def texts(path: Path) -> list[str]:
-    return [record.text for record in ShardReader(path) if isinstance(record, Document)]
-
-
-def bad(path: Path) -> list[tuple[int, str]]:
-    return [(record.line, record.reason) for record in ShardReader(path) if isinstance(record, BadDocument)]
-
-
-def lines_of(count: int, begin: int = 0) -> list[bytes]:
-    # Each line is different and does not compress to nothing, so that damage hits some and spares others.
-    return [
-        json.dumps({"text": f"document {i} " + "".join(random.Random(i).choices("abcdefghij klmnop", k=400))}).encode()
-        for i in range(begin, begin + count)
-    ]
 
 
 @pytest.mark.realtext
@@ -222,71 +195,6 @@ def test_padding_after_a_gzip_member_is_nothing_and_garbage_is_bad(tmp_path):
     assert outcome(file) == (3, 1, 0, 0)
 
 
-def test_zstandard_frames_are_read_by_their_content(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
-    compress = zstandard.ZstdCompressor(write_checksum=True).compress
-    first, second = compress(b"\n".join(lines_of(5)) + b"\n"), compress(b"\n".join(lines_of(3, 5)))
-    file = tmp_path / "misnamed.json.gz"
-    file.write_bytes(first + second)
-    assert texts(file) == [json.loads(line)["text"] for line in lines_of(8)]
-    file.write_bytes(first + second[:-20])
-    assert outcome(file)[1] == 1
-    assert "cut short" in bad(file)[0][1]
-    file.write_bytes(first + second[:-1] + b"\0")
-    assert outcome(file)[:2] == (5, 1)
-    assert "damaged zstandard data" in bad(file)[0][1]
-
-
-def test_zstandard_without_its_package_is_one_clear_error(tmp_path, monkeypatch):
-    file = tmp_path / "shard.zst"
-    file.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(InputError, match=r"shard\.zst.*pip install zstandard"):
-        list(ShardReader(file))
-
-
-def write_parquet(path: Path, column, name: str = "text", **options):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table({name: column, "url": ["u"] * len(column)}), path, **options)
-
-
-def test_parquet_rows_are_documents(tmp_path):
-    file = tmp_path / "rows.parquet"
-    write_parquet(file, ["one", None, "", "two"])
-    assert list(ShardReader(file)) == [
-        Document(1, "one", 0),
-        BadDocument(2, "`text` is null"),
-        EmptyDocument(3),
-        Document(4, "two", 0),
-    ]
-
-
-def test_parquet_without_a_text_column_is_one_bad_document(tmp_path):
-    file = tmp_path / "rows.parquet"
-    write_parquet(file, ["one"], name="content")
-    assert bad(file) == [(0, "no column `text` (columns: content, url); the file is left out")]
-    write_parquet(file, [1, 2])
-    assert bad(file) == [(0, "the column `text` is of type int64, not string; the file is left out")]
-
-
-def test_damaged_parquet_is_a_bad_document(tmp_path):
-    file = tmp_path / "rows.parquet"
-    write_parquet(file, [f"text {i}" for i in range(100)])
-    file.write_bytes(file.read_bytes()[:-30])
-    assert outcome(file) == (0, 1, 0, 0)
-    assert "damaged parquet" in bad(file)[0][1]
-
-
-def test_parquet_without_its_package_is_one_clear_error(tmp_path, monkeypatch):
-    file = tmp_path / "rows.parquet"
-    file.write_bytes(b"PAR1" + bytes(20))
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match=r"rows\.parquet.*pip install pyarrow"):
-        list(ShardReader(file))
-
-
 def test_text_files_are_split_at_blank_lines(tmp_path):
     content = "\ufeffTitle\r\n\r\nFirst paragraph,\r\ntwo lines.\r\n \t\r\n\r\n\u200b\r\n\r\nLast one"
     for name, data in (("book.txt", content.encode()), ("book.TXT.gz", gzip.compress(content.encode()))):
@@ -337,30 +245,16 @@ def test_lines_do_not_depend_on_how_the_file_is_read(tmp_path, documents, piece,
         assert isinstance(record, EmptyDocument) or record == Document(record.line, text, 0)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "parquet"])
-def test_reading_goes_on_from_every_position(tmp_path, kind):
-    file = tmp_path / f"shard.{kind}"
-    count = 12
-    if kind == "parquet":
-        write_parquet(file, [None if i == 5 else f"text {i}" for i in range(count)], row_group_size=5)
-    else:
-        lines = [*lines_of(4), b'{"text": broken', b"", *lines_of(6, 4)]
-        if kind.startswith("txt"):
-            lines = [line for i in range(count) for line in (b"text %d" % i, b"second line", *[b""] * (1 + i % 3))]
-        data = b"\n".join(lines)
-        if kind.endswith("gz"):
-            data = gzip.compress(data)
-        if kind.endswith("zst"):
-            data = pytest.importorskip("zstandard").compress(data)
-        file.write_bytes(data)
-    whole, positions = [], []
-    walk = ShardReader(file)
-    for record in walk:
-        whole.append(record)
-        positions.append(walk.position)
-    assert len(whole) >= 11
-    for i, position in enumerate(positions):
-        assert list(ShardReader(file, position)) == whole[i + 1 :], position
+def test_a_file_without_lines_is_not_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "MAX_DOCUMENT_BYTES", 1000)
+    file = tmp_path / "endless.jsonl"
+    file.write_bytes(b"x" * 30_000_000)
+    tracemalloc.start()
+    try:
+        assert bad(file) == [(1, "longer than 1000 bytes")]
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_stop_is_noticed_while_reading_and_while_passing_over(tmp_path):
@@ -369,7 +263,7 @@ def test_a_stop_is_noticed_while_reading_and_while_passing_over(tmp_path):
     with pytest.raises(StopRequested):
         list(ShardReader(file, should_stop=lambda: True))
     with pytest.raises(StopRequested):
-        list(ShardReader(file, Position(49, 20_000), should_stop=lambda: True))
+        list(ShardReader(file, Position(50, 10**9), should_stop=lambda: True))
 
 
 def test_a_file_that_cannot_be_opened_is_an_input_error(tmp_path):

@@ -281,7 +281,7 @@ def test_a_validation_set_that_is_too_small_is_used_and_reported(corpus):
 
 
 def test_bad_documents_of_shared_files_are_left_to_the_training_stream(tmp_path):
-    files = write_shards(tmp_path, [*(good(i) for i in range(200)), "broken"], 1)
+    files = write_shards(tmp_path, ["broken", *(good(i) for i in range(200))], 1)
     events = []
     validation_rows(Corpus(files.shards, "validation"), WordTokenizer(), settings(), 1, report=events.append)
     assert events == []

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from multiprocessing import active_children
-from pathlib import Path
 
 import psutil
 import pytest
@@ -19,6 +18,7 @@ from blockllm_cli.data.stream import RowStream, rows_digest
 from blockllm_cli.errors import BlockLLMError, InputError
 
 PATIENCE_SECONDS = 60
+SEARCH_PATH = os.pathsep.join(sys.path)  # a program of its own imports what we import, and the tokenizer beside us
 
 
 def wait_until(condition) -> None:
@@ -46,7 +46,7 @@ def test_any_locale_and_a_path_with_space_and_umlaut(tmp_path):
     script = folder / "programm ü.py"
     script.write_text(program, encoding="utf-8")
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    environment["PYTHONPATH"] = SEARCH_PATH
     command = [sys.executable, str(script), str(folder / "*.jsonl")]
     done = subprocess.run(command, env=environment, capture_output=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
@@ -156,6 +156,9 @@ from blockllm_cli.data.stream import RowStream, StreamSettings
 if __name__ == "__main__":
     keys = StreamSettings(seed=5, sequence_length=6, block_documents=7, workers=2)
     stream = RowStream(Corpus(found_files("data.train", sys.argv[1])), WordTokenizer(), settings=keys)
+    for child in active_children():  # the first processes of this program, in their first moments
+        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, signal.SIGTERM)
     stream.take(20)
     print(*(child.pid for child in active_children()), flush=True)
     if sys.argv[2] == "killed":
@@ -171,7 +174,7 @@ def test_workers_end_with_their_parent_however_it_ends(corpus, tmp_path, end):
     script.write_text(PARENT)
     done = subprocess.run(
         [sys.executable, str(script), str(corpus.shards[0]), end],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": SEARCH_PATH},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         timeout=PATIENCE_SECONDS,
