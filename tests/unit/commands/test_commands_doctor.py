@@ -127,6 +127,24 @@ def test_any_answer_of_the_hub_is_one(endpoint: Callable[[str], None]) -> None:
     assert "127.0.0.1" in refused["detail"]
 
 
+def test_an_answer_that_is_no_http_is_none(endpoint: Callable[[str], None]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def babble() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"babble\r\n\r\n")
+
+        babbling = threading.Thread(target=babble, daemon=True)
+        babbling.start()
+        endpoint(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        found = probe_hub()
+        babbling.join()
+    assert found["reachable"] is False
+    assert "babble" in found["detail"]
+
+
 def test_a_hub_that_does_not_answer_costs_no_more_than_the_limit(endpoint: Callable[[str], None]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint(f"http://127.0.0.1:{silent.getsockname()[1]}")

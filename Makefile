@@ -1,0 +1,100 @@
+# Everything here works on a machine that has Python 3.11 or newer and make: the environment is made on the way.
+#   make quickstart                 a first run, minutes on two cores
+#   make test                       the tests a change needs
+#   make quickstart ARGS="--set schedule.steps=100"
+
+PYTHON ?= python3
+VENV ?= .venv
+# What pip is asked for. On Linux without an NVIDIA GPU the default is refused if it would fetch the GPU build, which is
+# several gigabytes; `make setup TORCH=torch` takes whatever the package index has.
+TORCH ?= torch==2.13.0
+# Options for the command of a run, such as ARGS="--set run.seed=1".
+ARGS ?=
+# C4-shaped shards and the longest sitting, for `make tables`.
+DATA ?= $(if $(BLOCKLLM_SHARED),$(BLOCKLLM_SHARED)/data/realtext/en)
+MINUTES ?= 60
+NVIDIA ?= $(shell test -e /proc/driver/nvidia/version && echo yes)
+
+BIN := $(VENV)/bin
+RUN := $(VENV)/.ready
+DEV := $(VENV)/.ready-dev
+SIZES := 60m 130m 350m 1b 7b
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart $(SIZES:%=c4-%) test test-all test-gpu lint typecheck format bench tables docs clean
+
+help:  ## Show this list.
+	@sed -n 's/^\([a-z][a-z0-9-]*\):.*  ## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
+		while IFS='|' read -r name text; do printf '  %-12s %s\n' $$name "$$text"; done
+	@printf '  %-12s %s\n' "c4-SIZE" "Train the papers' protocol on C4: $(SIZES)."
+
+setup: $(DEV)  ## Make the environment in .venv, with all that development needs.
+
+quickstart: $(RUN)  ## Train about 5M parameters on text that is here already: some minutes on two cores.
+	$(BIN)/blockllm pretrain quickstart $(ARGS)
+
+$(SIZES:%=c4-%): c4-%: $(RUN)
+	$(BIN)/blockllm pretrain c4/$* $(ARGS)
+
+test: $(DEV)  ## Run the tests, without those marked slow.
+	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(DEV)  ## Run all tests that need no GPU.
+	$(BIN)/pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(DEV)  ## Run the tests that need a CUDA device.
+	$(BIN)/pytest -m gpu $(ARGS)
+
+lint: $(DEV)  ## Check style, formatting and the direction of imports.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+typecheck: $(DEV)  ## Check types.
+	$(BIN)/mypy
+
+format: $(DEV)  ## Put the code into its one format.
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(DEV)  ## Measure the chunked loss against the plain one.
+	$(BIN)/python bench/loss.py $(ARGS)
+
+tables: $(DEV)  ## Make the tables in docs/: run missing cells, for at most MINUTES (60). DATA names the shards.
+	@test -n "$(DATA)" || { echo "make tables needs real text: make tables DATA=FOLDER (C4-shaped shards), or set BLOCKLLM_SHARED"; exit 2; }
+	$(BIN)/python bench/tables.py --data "$(DATA)" --minutes $(MINUTES) $(ARGS)
+
+docs: $(DEV)  ## Write the tables in docs/ anew from the cells that are there; nothing is run.
+	$(BIN)/python bench/tables.py --page-only $(ARGS)
+
+clean:  ## Remove the environment, caches and build output; runs stay.
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment of a user: torch first, so that nothing else decides which build of it comes.
+$(RUN): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "$(PYTHON) is `$(PYTHON) --version 2>&1`; Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@$(check-torch)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(DEV): $(RUN)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+# Ask pip what it would install, and stop if the user did not name a build and it is one that nothing here can use.
+define check-torch
+	if [ "$(origin TORCH)" = file ] && [ "`uname -s`" = Linux ] && [ -z "$(NVIDIA)" ]; then \
+		rm -f $(VENV)/torch.json; \
+		$(BIN)/python -m pip install --quiet --dry-run --report $(VENV)/torch.json $(TORCH) >/dev/null 2>&1; \
+		if grep -qi '"name": *"nvidia' $(VENV)/torch.json 2>/dev/null; then \
+			echo "The package index has $(TORCH) as the build for NVIDIA GPUs, several gigabytes, and there is no such GPU here."; \
+			echo "  take it all the same:   make setup TORCH=torch"; \
+			echo "  take a CPU build:       make setup TORCH='torch --index-url URL', with the URL from pytorch.org/get-started"; \
+			exit 2; \
+		fi; \
+	fi
+endef
