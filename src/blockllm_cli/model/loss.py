@@ -164,7 +164,9 @@ def _split_off_targets(
     """
     likelihoods = losses.neg().exp()
     ones = (likelihoods < 0.5).float()
-    gradient.scatter_(1, targets.unsqueeze(1), ((likelihoods + ones - 1) * scale).to(gradient.dtype).unsqueeze(1))
+    # Assigned by index: `scatter_` would go through an fp32 copy of all of `gradient`.
+    rows = torch.arange(targets.numel(), device=targets.device)
+    gradient[rows, targets] = ((likelihoods + ones - 1) * scale).to(gradient.dtype)
     total.index_add_(0, targets, hidden * (ones * -scale).unsqueeze(1))
 
 

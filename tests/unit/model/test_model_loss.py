@@ -76,8 +76,10 @@ def test_fp32_value_and_gradients_are_those_of_full_logits(tokens, width, vocab,
 
 @pytest.mark.parametrize("chunk", [None, 1, 7, 64, 256])
 @pytest.mark.parametrize("spread", [0.02, 0.3, 1.0])
-def test_bf16_is_no_further_from_the_truth_than_full_logits(chunk, spread):
-    inputs = problem(256, 64, 500, torch.bfloat16, spread=spread)
+@pytest.mark.parametrize("likeliest", [False, True], ids=["random targets", "likeliest targets"])
+def test_bf16_is_no_further_from_the_truth_than_full_logits(chunk, spread, likeliest):
+    hidden, head, targets = problem(256, 64, 500, torch.bfloat16, spread=spread)
+    inputs = hidden, head, (hidden.float() @ head.float().t()).argmax(1) if likeliest else targets
     exact = plain(inputs[0].double(), inputs[1].double(), inputs[2], 1 / 256)
     usual, ours = plain(*inputs, 1 / 256), chunked(*inputs, 1 / 256, chunk)
     assert [value.dtype for value in ours] == [torch.float32, torch.bfloat16, torch.bfloat16]
