@@ -101,12 +101,18 @@ def open_corpora(data: Data, *, cache: Path | None = None, should_stop: StopChec
 
     Raises:
         InputError: a pattern names no file.
-        RecipeError: the table names no files, or a corpus that this version does not read.
+        RecipeError: the table names no files, files that its corpus does not read, or a corpus of a later version.
         StopRequested: `should_stop` became true.
     """
     if data.corpus == "builtin":
         from blockllm_cli.data.builtin import builtin_corpus
 
+        for key, files in (("data.train", data.train), ("data.validation", data.validation)):
+            if files:
+                raise RecipeError(
+                    f'{key} names files, which data.corpus = "builtin" does not read: set data.corpus = "files", or '
+                    f"leave {key} out"
+                )
         shards = (builtin_corpus(cache, should_stop=should_stop).path,)
         return Corpora(Corpus(shards, "train"), Corpus(shards, "validation"))
     if data.corpus != "files":

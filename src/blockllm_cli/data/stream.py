@@ -89,10 +89,6 @@ class RowStream:
 
     A context manager; `close` ends its thread and its workers.
 
-    Attributes:
-        events_at_end: empty until `take` has returned None; then what was met after the last rows that were given, and
-            `exhausted` (rows_dropped: too few for another `take`).
-
     Args:
         corpus: the documents.
         tokenizer: what turns them into pieces; workers make their own from its class and `model_bytes`.
@@ -100,6 +96,10 @@ class RowStream:
         state: what `state()` gave, to continue from there; None begins at the first row.
         should_stop: asked every few hundredths of a second while `take` waits or builds; once true, `take` raises
             `StopRequested`, keeps what it has gathered, and may be called again for as many rows.
+
+    Attributes:
+        events_at_end: empty until `take` has returned None; then what was met after the last rows that were given, and
+            `exhausted` (rows_dropped: too few for another `take`).
 
     Raises:
         InputError: the files of the corpus are not those of `state`.
@@ -159,13 +159,8 @@ class RowStream:
         """Seconds that `take` has waited for blocks (or, without workers, built them) since the stream was made."""
         return self._waited
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """What the first pass has met up to the last row taken, see `Counts`."""
-        return dict(self._state["counts"])
-
     def state(self) -> dict[str, Any]:
-        """The position after the last successful `take`, as plain JSON values."""
+        """The position after the last successful `take` as plain JSON values; `counts` are those of `Counts`."""
         return dict(self._state)
 
     def take(self, count: int) -> Taken | None:
@@ -211,6 +206,11 @@ class RowStream:
         self._block, self._rows = block, built.rows
         if self._resumed_row is not None:
             self._row, self._resumed_row = self._resumed_row, None
+            if self._row > len(built.rows):
+                raise InputError(
+                    f"the checkpoint stands at row {self._row} of a block that has {len(built.rows)} rows now: the "
+                    "training files have changed since; put them back, or start a new run"
+                )
             return
         self._row = 0
         if block.epoch == 0:

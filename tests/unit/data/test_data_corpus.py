@@ -105,6 +105,8 @@ def test_what_this_version_cannot_read_is_said(here):
     for name in ("c4", "hub"):
         with pytest.raises(RecipeError, match=rf'data\.corpus = "{name}" cannot be read by this version'):
             open_corpora(data(corpus=name))
+    with pytest.raises(RecipeError, match=r"data\.validation names files.*leave data\.validation out"):
+        open_corpora(data(corpus="builtin", validation=("a.jsonl",)))
     with pytest.raises(RecipeError, match=r'needs data\.train, such as data\.train = "folder/\*\.json\.gz"'):
         open_corpora(data())
 

@@ -119,6 +119,18 @@ def test_other_files_than_those_of_the_position_are_refused(corpus):
         RowStream(corpus, WordTokenizer(), settings=settings(), state=state)
 
 
+def test_a_position_that_the_files_no_longer_have_is_refused(tmp_path):
+    """The size of the files is the same, their text is not."""
+    corpus = write_shards(tmp_path, ['{"text": "a b c d e f g h i j k l m n"}', '{"text": "o"}'], 1)
+    state = walk(corpus, [3], block_documents=1)[0][4]
+    assert state["row"] == 3
+    corpus.shards[0].write_text(
+        corpus.shards[0].read_text().replace(" b c d e f g h i j k l", "bbccddeeffgghhiijjkkll")
+    )
+    with pytest.raises(InputError, match="stands at row 3 of a block that has 1 rows now"):
+        walk(corpus, [1], state=state, block_documents=1)
+
+
 # Bad documents.
 
 
