@@ -77,19 +77,19 @@ $(RUN): pyproject.toml
 		echo "$(PYTHON) is `$(PYTHON) --version 2>&1`; Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@$(check-torch)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install -qq $(TORCH)
+	$(BIN)/python -m pip install -qq --editable .
 	@touch $@
 
 $(DEV): $(RUN)
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install -qq --editable ".[dev]"
 	@touch $@
 
 # Ask pip what it would install, and stop if the user did not name a build and it is one that nothing here can use.
 define check-torch
 	if [ "$(origin TORCH)" = file ] && [ "`uname -s`" = Linux ] && [ -z "$(NVIDIA)" ]; then \
 		rm -f $(VENV)/torch.json; \
-		$(BIN)/python -m pip install --quiet --dry-run --report $(VENV)/torch.json $(TORCH) >/dev/null 2>&1; \
+		$(BIN)/python -m pip install -qq --dry-run --report $(VENV)/torch.json $(TORCH) >/dev/null 2>&1; \
 		if grep -qi '"name": *"nvidia' $(VENV)/torch.json 2>/dev/null; then \
 			echo "The package index has $(TORCH) as the build for NVIDIA GPUs, several gigabytes, and there is no such GPU here."; \
 			echo "  take it all the same:   make setup TORCH=torch"; \

@@ -179,7 +179,7 @@ def test_quickstart_makes_the_environment_once_and_runs_the_recipe(fake_python: 
     first = make("quickstart", **variables, ARGS="--set run.seed=1")
     assert first.returncode == 0, first.stderr
     assert first.stdout.splitlines()[-1] == "ran pretrain quickstart --set run.seed=1"
-    assert installed(fake_python) == ["-m pip install --quiet torch==2.13.0", "-m pip install --quiet --editable ."]
+    assert installed(fake_python) == ["-m pip install -qq torch==2.13.0", "-m pip install -qq --editable ."]
     make("quickstart", **variables)
     assert len(installed(fake_python)) == 2
 
@@ -204,10 +204,10 @@ def test_a_gpu_build_of_torch_is_fetched_only_if_there_is_a_gpu_or_it_is_asked_f
     assert "make setup TORCH=torch" in refused.stdout
     assert installed(fake_python) == []
     assert make("quickstart", **place, NVIDIA="yes").returncode == 0
-    assert installed(fake_python)[0] == "-m pip install --quiet torch==2.13.0"
+    assert installed(fake_python)[0] == "-m pip install -qq torch==2.13.0"
     shutil.rmtree(place["VENV"])
     assert make("quickstart", **place, NVIDIA="", TORCH="torch").returncode == 0
-    assert installed(fake_python)[2] == "-m pip install --quiet torch"
+    assert installed(fake_python)[2] == "-m pip install -qq torch"
 
 
 @needs_make
