@@ -124,6 +124,13 @@ def test_real_bytes_are_the_planned_bytes(name, precision, state_dtype, micro_ba
     assert sum(h.tensor.untyped_storage().nbytes() for h in method.held()) == sum(p.bytes for p in kept)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_state_dtype_decides_the_dtype_of_the_state(name, precision):
+    for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        method, _ = prepared(name, precision=precision, state_dtype=word)
+        assert {h.tensor.dtype for h in method.held() if h.category == "optimizer_state"} == {dtype}
+
+
 def test_state_entries_are_the_elements_of_first_moments(name):
     method, _ = prepared(name)
     first = {"sgd": "momentum_buffer"}.get(name, "exp_avg")

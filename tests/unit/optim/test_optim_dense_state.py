@@ -106,6 +106,38 @@ def test_the_workspace_is_bounded_by_the_slice(monkeypatch):
         assert 1 < max(largest) <= 64
 
 
+def test_many_small_tensors_are_widened_in_bounded_groups(monkeypatch):
+    monkeypatch.setattr(dense_state, "SLICE_ENTRIES", 100)
+    groups = []
+
+    class Watched(AdamRule):
+        def apply(self, weights, gradients, slots, *, step, lr):
+            groups.append(sum(weight.numel() for weight in weights))
+            super().apply(weights, gradients, slots, step=step, lr=lr)
+
+    names = [f"n{index}" for index in range(12)]
+    state = DenseState(Watched(), precision_of("bf16"), 0)
+    state.allocate({name: torch.ones(30, dtype=torch.bfloat16) for name in names})
+    state.update({name: torch.ones(30) for name in names}, lambda _: 1e-3)
+    assert groups == [90] * 4
+
+
+def test_masters_start_as_the_weights():
+    state, weights = made("bf16_master")
+    for name, weight in weights.items():
+        master = state.state_dict()[f"{name}.master"]
+        assert master.dtype == torch.float32
+        assert torch.equal(master, weight.float())
+
+
+def test_equal_tensors_of_different_names_are_rounded_by_different_draws():
+    state = DenseState(AdamRule(), precision_of("bf16", "stochastic"), 0)
+    weights = {name: torch.ones(500, dtype=torch.bfloat16) for name in "ab"}
+    state.allocate(weights)
+    state.update({name: torch.ones(500) for name in "ab"}, lambda _: 1e-3)
+    assert not torch.equal(weights["a"], weights["b"])
+
+
 def test_a_weight_without_gradient_keeps_its_value_and_moments():
     state, weights = made("fp32")
     state.update(gradients(1), rate_of)
