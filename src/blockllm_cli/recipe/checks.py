@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import isqrt
 
 from blockllm_cli.recipe.kinds import literal
 from blockllm_cli.recipe.layers import GOVERNED
@@ -36,9 +37,10 @@ def _batch(batch: Batch) -> Iterator[Problem]:
     if batch.micro_rows is None or batch.rows % batch.micro_rows == 0:
         return
     rows, micro = batch.rows, batch.micro_rows
-    divisors = [number for number in range(1, rows + 1) if rows % number == 0]
-    below = max(number for number in divisors if number < micro) if micro > 1 else 1
-    above = min((number for number in divisors if number > micro), default=rows)
+    small = [number for number in range(1, isqrt(rows) + 1) if rows % number == 0]
+    divisors = [*small, *(rows // number for number in small)]
+    below = max(number for number in divisors if number < micro)
+    above = min((number for number in divisors if number > micro), default=below)
     multiples = [number for number in (rows // micro * micro, (rows // micro + 1) * micro) if number]
     yield Problem(
         "batch.micro_rows",

@@ -26,10 +26,7 @@ def dump_recipe(recipe: Recipe, comments: Mapping[str, str]) -> str:
     values = written_values(recipe)
     for name in TABLES:
         table: Table = tomlkit.table()
-        unread = _unread(name, values[name])
         for key, value in values[name].items():
-            if key in unread:
-                continue
             item = tomlkit.item(value)
             comment = comments.get(f"{name}.{key}")
             if comment:
@@ -37,16 +34,6 @@ def dump_recipe(recipe: Recipe, comments: Mapping[str, str]) -> str:
             table.add(key, item)
         document.add(name, table)
     return tomlkit.dumps(document)
-
-
-def _unread(name: str, values: Mapping[str, Any]) -> set[str]:
-    """Keys that another key of the table makes meaningless: they hold defaults, and writing them out is refused."""
-    return {
-        key
-        for governor, keys in GOVERNED.items()
-        for key, readers in keys.items()
-        if governor.partition(".")[0] == name and values[governor.partition(".")[2]] not in readers
-    }
 
 
 def _one_line(comment: str) -> str:

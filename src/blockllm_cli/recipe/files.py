@@ -22,9 +22,10 @@ _POSITION = re.compile(
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """One TOML file: its name for messages, its values, the line of every key."""
+    """One TOML file: its text, its values, the line of every key."""
 
     path: Path
+    text: str
     values: Mapping[str, Any]
     lines: Mapping[Key, int]
 
@@ -48,14 +49,17 @@ def find_recipe(argument: str | Path) -> Path:
         RecipeError: neither exists; the message names what comes nearest.
     """
     path = Path(argument)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise RecipeError(f"{argument} is a folder, not a recipe{_inside(path)}")
-    shipped = shipped_path(str(argument))
-    if shipped is not None:
-        return shipped
-    raise RecipeError(f"there is no recipe {argument}{_instead(path)}")
+    try:
+        if path.is_dir():
+            raise RecipeError(f"{argument} is a folder, not a recipe{_inside(path)}")
+        if path.exists():  # also a pipe, as a shell makes it of <(...)
+            return path
+        shipped = shipped_path(str(argument))
+        if shipped is not None:
+            return shipped
+        raise RecipeError(f"there is no recipe {argument}{_instead(path)}")
+    except OSError as error:
+        raise RecipeError(f"{argument}: cannot be read: {error.strerror or error}") from error
 
 
 def read_recipe_file(path: Path) -> RecipeFile:
@@ -75,7 +79,7 @@ def read_recipe_file(path: Path) -> RecipeFile:
         raise RecipeError(f"{name}: not a recipe: values are nested too deeply") from error
     except ValueError as error:
         raise RecipeError(_syntax_error(name, text, str(error))) from error
-    return RecipeFile(path, values, key_lines(text))
+    return RecipeFile(path, text, values, key_lines(text))
 
 
 def _decode(content: bytes, name: str) -> str:

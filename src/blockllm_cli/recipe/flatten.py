@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import tomlkit
 from tomlkit.items import Table
 from tomlkit.toml_document import TOMLDocument
 
-from blockllm_cli.recipe.layers import covered_keys, file_chain
+from blockllm_cli.recipe.layers import covered_keys, file_chain, layers_of
 from blockllm_cli.recipe.names import TABLES
 
 
@@ -18,24 +21,41 @@ def flattened(path: Path) -> str:
 
     A recipe that extends nothing is returned as it is. Else every table has the keys of the extended file first, each
     where that file has it; a value that covers another brings its comment, or keeps that of the other if it has none.
-    The comment at the top is that of `path`.
+    The comment at the top is that of `path`. Files that write tables in another way than under a header lose their
+    comments.
 
     Raises:
         RecipeError: a file cannot be read or parsed.
     """
     chain = file_chain(path)
-    texts = [file.path.read_text(encoding="utf-8") for file in chain]
+    texts = [file.text for file in chain]
     if len(texts) == 1:
         return texts[0]
+    values = layers_of(chain).values
+    flat = tomlkit.dumps(_joined(texts)).strip("\n")
+    if not _says(flat, values):
+        flat = tomlkit.dumps(values).strip("\n")
+    return f"{_heading(texts[0])}\n{flat}\n"
+
+
+def _says(text: str, values: Mapping[str, Any]) -> bool:
+    try:
+        return tomllib.loads(text) == values
+    except tomllib.TOMLDecodeError:
+        return False
+
+
+def _joined(texts: Sequence[str]) -> TOMLDocument:
+    """The first of `texts` over the second, over the third, and so on, tables in the usual order."""
     *others, base = texts
-    document = tomlkit.parse(_without_heading(base))
+    document = tomlkit.parse(base[len(_heading(base)) :])
     for text in reversed(others):
         _cover(document, tomlkit.parse(text))
     in_order = tomlkit.document()
     for name in TABLES:
         if name in document:
             in_order.add(name, document[name])
-    return _heading(texts[0]) + "\n" + tomlkit.dumps(in_order).strip("\n") + "\n"
+    return in_order
 
 
 def _cover(document: TOMLDocument, other: TOMLDocument) -> None:
@@ -58,7 +78,3 @@ def _heading(text: str) -> str:
     """The comment lines at the top of a recipe, each with its end of line."""
     lines = text.splitlines(keepends=True)
     return "".join(takewhile(lambda line: line.startswith("#"), lines))
-
-
-def _without_heading(text: str) -> str:
-    return text[len(_heading(text)) :]

@@ -52,8 +52,6 @@ class Layers:
             for key in covered_keys(table, mine, values):
                 self._forget(table, key)
             mine.update(values)
-            for key in values:
-                self.texts.pop(f"{table}.{key}", None)
         self.origins.update(layer.origins)
         self.texts.update(layer.texts)
         self.refused.extend(layer.refused)
@@ -107,14 +105,10 @@ def file_chain(path: Path) -> list[RecipeFile]:
     return chain
 
 
-def file_layers(path: Path) -> Layers:
-    """The recipe in `path` over the files that it extends.
-
-    Raises:
-        RecipeError: as `file_chain`.
-    """
+def layers_of(chain: Sequence[RecipeFile]) -> Layers:
+    """The first file of `chain` over the second, over the third, and so on."""
     layers = Layers()
-    for file in reversed(file_chain(path)):
+    for file in reversed(chain):
         layers.add(_file_layer(file))
     return layers
 

@@ -15,7 +15,7 @@ from blockllm_cli.errors import RecipeError
 from blockllm_cli.recipe.checks import cross_checks
 from blockllm_cli.recipe.files import find_recipe, shown
 from blockllm_cli.recipe.kinds import allowed, kind, parse_text
-from blockllm_cli.recipe.layers import Layers, file_layers, method_layer, set_layer
+from blockllm_cli.recipe.layers import Layers, file_chain, layers_of, method_layer, set_layer
 from blockllm_cli.recipe.names import did_you_mean
 from blockllm_cli.recipe.origins import ABSENT, Origin, Problem, describe, joined, origin_of
 from blockllm_cli.recipe.sections import SECTIONS, Recipe, Section
@@ -106,7 +106,7 @@ def read_draft(path: str | Path, *, overrides: Sequence[str] = (), method: str |
         RecipeError: no recipe could be read at all: no file, not TOML, files that extend each other.
     """
     found = find_recipe(path)
-    layers = file_layers(found)
+    layers = layers_of(file_chain(found))
     if method is not None:
         layers.drop_table("method")
         layers.add(method_layer(method))

@@ -74,7 +74,7 @@ def did_you_mean(key: str, table: str, valid: Iterable[str]) -> str:
     plain = key.lower().replace("-", "_")
     if plain in valid:
         return f"did you mean {plain}?"
-    others = [other for other, section in SECTIONS.items() if other != table and plain in section.model_fields]
+    others = [other for other, section in SECTIONS.items() if plain in section.model_fields]
     if others:
         return f"{plain} belongs to {' or '.join(f'[{other}]' for other in others)}"
     if plain in SYNONYMS:
@@ -88,7 +88,7 @@ def did_you_mean(key: str, table: str, valid: Iterable[str]) -> str:
         return f"did you mean {near[0]}?"
     for other, section in SECTIONS.items():
         near = get_close_matches(plain, section.model_fields, n=1, cutoff=0.75)
-        if near and other != table:
+        if near:
             return f"did you mean {near[0]} of [{other}]?"
     return f"[{table}] has {', '.join(valid)}"
 

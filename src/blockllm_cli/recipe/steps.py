@@ -24,10 +24,11 @@ def steps_of(schedule: Schedule, batch: Batch, data: Data) -> int:
 
 
 def warmup_steps(recipe: Recipe) -> int:
-    """Updates of the warm-up: the integer given, or the share of all updates, to the nearest; never all of them."""
-    steps, warmup = total_steps(recipe), recipe.schedule.warmup
+    """Updates of the warm-up: the integer given, or the share of all updates, to the nearest but never all."""
+    warmup = recipe.schedule.warmup
     if isinstance(warmup, int):
-        return min(warmup, steps - 1)
+        return warmup
+    steps = total_steps(recipe)
     return min(round(warmup * steps), steps - 1)
 
 

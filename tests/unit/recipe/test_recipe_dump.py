@@ -80,6 +80,8 @@ def test_the_hash_follows_every_value_and_nothing_else(recipe: Recipe, tmp_path:
     tables = text.strip().split("\n\n")
     other.write_text("\n\n\n".join(reversed(tables)), encoding="utf-8")
     assert recipe_sha256(load_recipe(other).recipe) == recipe_sha256(recipe)
+    options = [{"name": "adamw", "eps": 1e-6}, {"eps": 1e-6, "name": "adamw"}]
+    assert len({recipe_sha256(recipe.model_copy(update={"method": table})) for table in options}) == 1
     changed = [
         recipe.model_copy(update={"run": recipe.run.model_copy(update={"seed": 1})}),
         recipe.model_copy(update={"method": {"name": "adamw", "eps": 1e-6}}),

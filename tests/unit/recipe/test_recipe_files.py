@@ -1,5 +1,6 @@
 """Files that are no recipes: missing, a folder, not UTF-8, not TOML."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,16 @@ def test_a_recipe_that_does_not_exist(argument: str, expected: str) -> None:
     with pytest.raises(RecipeError) as caught:
         find_recipe(argument)
     assert expected in str(caught.value)
+
+
+def test_a_name_that_cannot_be_a_file_is_refused() -> None:
+    with pytest.raises(RecipeError, match="cannot be read: File name too long"):
+        find_recipe("[run]" * 1000)
+
+
+def test_a_pipe_can_be_a_recipe(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    assert find_recipe("pipe") == Path("pipe")
 
 
 def test_a_folder_is_no_recipe() -> None:

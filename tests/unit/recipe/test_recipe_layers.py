@@ -227,5 +227,23 @@ def test_a_flattened_recipe_is_the_recipe_in_one_file(text: str) -> None:
     assert all(comment in flat for comment in ("# mine", "# few", "# bare") if comment in text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "batch = {rows = 3, micro_rows = 1}\n",
+        "batch.rows = 3\nrun.seed = 5\n",
+        "[run]\nname = 'x'\n[method]\nname = 'sgd'\n[schedule]\nsteps = 3\n",
+    ],
+)
+def test_other_ways_to_write_a_table_lose_at_most_their_comments(text: str) -> None:
+    path = child(text)
+    Path("flat.toml").write_text(flattened(path), encoding="utf-8")
+    assert load_recipe("flat.toml").recipe == load_recipe(path).recipe
+    Path("sub/inline.toml").write_text('run = {seed = 4}\nextends = "base.toml"\n', encoding="utf-8")
+    Path("child.toml").write_text('extends = "sub/inline.toml"\n' + text, encoding="utf-8")
+    Path("flat.toml").write_text(flattened(path), encoding="utf-8")
+    assert load_recipe("flat.toml").recipe == load_recipe(path).recipe
+
+
 def test_a_recipe_that_extends_nothing_is_flat_as_it_is() -> None:
     assert flattened(Path("sub/base.toml")) == BASE

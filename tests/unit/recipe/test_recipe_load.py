@@ -193,6 +193,8 @@ def test_r26_rows_that_do_not_divide_are_refused_with_the_numbers_and_the_neares
     )
     (message,) = refusal(load, MINIMAL, overrides=["batch.micro_rows=32"])
     assert "micro_rows 16, or rows 32" in message
+    (message,) = refusal(load, MINIMAL, overrides=["batch.rows=1000000007", "batch.micro_rows=2"])
+    assert "micro_rows 1 or 1000000007, or rows 1000000006 or 1000000008" in message
 
 
 @pytest.mark.parametrize(
