@@ -39,19 +39,18 @@ class StochasticRounder:
         """
         # bf16 is the upper half of fp32: a random lower half is added and the lower half cut off, which carries into
         # the upper half with probability (lower half) / 2**16. The sign bit takes no part, so negative values behave
-        # alike. Draws of 16 signed bits need half the memory; 2**15 makes them 0 to 2**16 - 1.
-        bits = source.view(torch.int32)
-        draws = torch.randint(
-            -(2**15), 2**15, bits.shape, dtype=torch.int16, device=bits.device, generator=self._generator(bits, key)
-        )
-        is_finite = source.isfinite()
+        # alike. A draw of 64 bits serves four entries; 2**15 makes its signed quarters 0 to 2**16 - 1.
+        bits = source.view(-1).view(torch.int32)
+        quads = torch.empty((bits.numel() + 3) // 4, dtype=torch.int64, device=bits.device)
+        draws = quads.random_(-(2**63), None, generator=self._generator(bits.device, key)).view(torch.int16)
+        is_finite = source.abs() < float("inf")
         target.copy_(source)
-        bits.add_(draws).add_(2**15).bitwise_and_(-(2**16))
+        bits.add_(draws[: bits.numel()]).add_(2**15).bitwise_and_(-(2**16))
         torch.where(is_finite, source.bfloat16(), target, out=target)
 
-    def _generator(self, tensor: Tensor, key: str) -> torch.Generator:
-        generator = self._generators.get(tensor.device)
+    def _generator(self, device: torch.device, key: str) -> torch.Generator:
+        generator = self._generators.get(device)
         if generator is None:
-            generator = self._generators[tensor.device] = torch.Generator(tensor.device)
+            generator = self._generators[device] = torch.Generator(device)
         digest = hashlib.blake2b(f"{self._seed}/{key}".encode(), digest_size=8).digest()
         return generator.manual_seed(int.from_bytes(digest, "little", signed=True))
