@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from blockllm_cli.model.elementwise import gated_silu, rms_norm
 from blockllm_cli.model.rotary import Rotary, turned
@@ -50,11 +51,15 @@ def test_the_norm_rounds_where_hugging_face_rounds():
     assert torch.equal(rms_norm(x, weight, 1e-6), plain_norm(x, weight, 1e-6))
 
 
-def test_a_frozen_norm_makes_no_weight_gradient():
-    weight = torch.ones(8)
-    x = torch.randn(4, 8, requires_grad=True)
-    rms_norm(x, weight, 1e-6).sum().backward()
-    assert weight.grad is None
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_frozen_norm_makes_no_weight_gradient(is_frozen):
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8, requires_grad=not is_frozen)
+    result = rms_norm(x, weight, 1e-6)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        result.backward(torch.ones(4, 8))
+    sums = sum(event.name == "aten::sum" for event in seen.events())
+    assert sums == (1 if is_frozen else 2)  # one of them is the mean along the last dimension
+    assert (weight.grad is None) == is_frozen
     assert x.grad is not None
 
 

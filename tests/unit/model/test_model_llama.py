@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from blockllm_cli.model.batch import Batch
@@ -212,6 +213,16 @@ def test_checkpointing_keeps_less_for_the_backward_pass():
         return sum(storages.values())
 
     assert kept_bytes(True) < 0.3 * kept_bytes(False)
+
+
+@pytest.mark.parametrize("share", [1, 2])
+def test_hidden_states_are_gathered_only_where_positions_lack_a_target(share):
+    model, batch = build_model(config_of(), seed=1), random_batch()
+    part = Batch(batch.input_ids, None, batch.positions[::share], batch.targets[::share])
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        model.loss(part, scale=1.0)
+    # The embedding is a gather too.
+    assert sum(event.name == "aten::index_select" for event in seen.events()) == share
 
 
 def test_the_backward_pass_makes_no_product_for_frozen_weights():
