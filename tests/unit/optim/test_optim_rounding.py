@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockllm_cli.optim.dense_state import DenseState
@@ -34,6 +34,7 @@ def test_the_mean_is_the_value_and_only_neighbours_are_drawn(value):
     )
 
 
+@settings(deadline=None)
 @given(st.floats(width=32, allow_nan=False))
 def test_what_bf16_holds_stays_and_all_else_becomes_a_neighbour(value):
     """Whatever the value, denormals and infinities included, its rounding is one of the two values around it."""

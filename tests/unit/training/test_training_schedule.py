@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockllm_cli.training.schedule import Schedule
@@ -61,6 +61,7 @@ def test_corner_points(shape, steps, warmup):
         assert 0.8 < factors[0] <= 1.0
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(OURS),
     st.integers(1, 400).flatmap(lambda steps: st.tuples(st.just(steps), st.integers(0, steps))),
