@@ -179,7 +179,10 @@ def test_a_reader_that_goes_away_is_no_error(lines: int, tmp_path: Path) -> None
     )
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, module], stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, module], stdout=writing, stderr=subprocess.PIPE, env=buffered, text=True, check=False
+    )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
 
