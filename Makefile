@@ -5,8 +5,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# What pip is asked for. On Linux without an NVIDIA GPU the default is refused if it would fetch the GPU build, which is
-# several gigabytes; `make setup TORCH=torch` takes whatever the package index has.
+# What pip is asked for. On Linux the package index may have it as the build for NVIDIA GPUs, several gigabytes; where
+# there is no such GPU a note says so and how to name a smaller one, and the install goes on.
 TORCH ?= torch==2.13.0
 # Options for the command of a run, such as ARGS="--set run.seed=1".
 ARGS ?=
@@ -76,7 +76,7 @@ $(RUN): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "$(PYTHON) is `$(PYTHON) --version 2>&1`; Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	@$(check-torch)
+	@$(note-torch)
 	$(BIN)/python -m pip install -qq $(TORCH)
 	$(BIN)/python -m pip install -qq --editable .
 	@touch $@
@@ -85,16 +85,15 @@ $(DEV): $(RUN)
 	$(BIN)/python -m pip install -qq --editable ".[dev]"
 	@touch $@
 
-# Ask pip what it would install, and stop if the user did not name a build and it is one that nothing here can use.
-define check-torch
+# Ask pip what it would install, and say so if that is a build for GPUs that nothing here can use.
+define note-torch
 	if [ "$(origin TORCH)" = file ] && [ "`uname -s`" = Linux ] && [ -z "$(NVIDIA)" ]; then \
 		rm -f $(VENV)/torch.json; \
 		$(BIN)/python -m pip install -qq --dry-run --report $(VENV)/torch.json $(TORCH) >/dev/null 2>&1; \
 		if grep -qi '"name": *"nvidia' $(VENV)/torch.json 2>/dev/null; then \
-			echo "The package index has $(TORCH) as the build for NVIDIA GPUs, several gigabytes, and there is no such GPU here."; \
-			echo "  take it all the same:   make setup TORCH=torch"; \
-			echo "  take a CPU build:       make setup TORCH='torch --index-url URL', with the URL from pytorch.org/get-started"; \
-			exit 2; \
+			echo "note: $(TORCH) comes as the build for NVIDIA GPUs here, several gigabytes, and there is no such GPU."; \
+			echo "      To take a CPU build instead, stop now (Ctrl-C) and name it, with the URL of pytorch.org/get-started:"; \
+			echo "      make setup TORCH='torch --index-url URL'"; \
 		fi; \
 	fi
 endef

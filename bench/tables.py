@@ -65,14 +65,17 @@ class Cell:
     dense_rate: float | None = None
 
     def sets(self) -> list[str]:
+        """Overrides that make this cell of the recipe."""
         chosen = [f"schedule.learning_rate={self.learning_rate:g}"]
         if self.dense_rate is not None:
             chosen.append(f"schedule.dense_rate={self.dense_rate:g}")
         return chosen
 
     def command(self) -> str:
+        """The same run as a reader starts it."""
         sets = " ".join(f"--set {each}" for each in self.sets())
-        return f"blockllm pretrain short-runs --method {self.method} {sets} --set data.train=DIR/... --set data.validation=DIR/..."
+        data = "--set data.train=DIR/c4-train.*.json.gz --set data.validation=DIR/c4-validation.*.json.gz"
+        return f"blockllm pretrain short-runs --method {self.method} {sets} {data}"
 
 
 TABLE = (
@@ -189,8 +192,8 @@ INTRODUCTION = """<!-- made by `make tables DATA=DIR`; change bench/tables.py, n
 # Short runs on real text
 
 {parameters:.1f}M parameters, {tokens:.2f}M target tokens, one seed. Runs this short order nothing: what they show is
-how much of the fall in perplexity comes from embedding, head and norms alone (method `frozen`, all matrices stay as they
-were drawn), and that the rate of those decides more than the method of the matrices.
+how much of the fall in perplexity comes from embedding, head and norms alone (method `frozen`, all matrices stay as
+they were drawn).
 
 {table}
 

@@ -1,7 +1,7 @@
 """Names and units of everything in metrics.jsonl, and the rows made of them.
 
-One row per logged update; evaluation and memory keys stand in the same row. `train/tokens` (targets seen) is the x-axis.
-Two runs are equal when all keys agree but those for which `is_about_the_machine` holds.
+One row per logged update; evaluation and memory keys stand in the same row. `train/tokens` (targets seen) is the
+x-axis. Two runs are equal when all keys agree but those for which `is_about_the_machine` holds.
 """
 
 from __future__ import annotations

@@ -17,10 +17,8 @@ import torch
 from torch import nn
 
 from blockllm_cli.footprint import CATEGORIES
+from blockllm_cli.memory.plan import PLANNED
 from blockllm_cli.methods.base import Method
-
-COUNTED = ("weights", "master_weights", "gradients", "optimizer_state", "indices", "projectors", "quantization")
-"""Categories with a figure, zero included; the others of `CATEGORIES` are null until they are counted."""
 
 
 class MemoryMeter:
@@ -34,7 +32,7 @@ class MemoryMeter:
 
     def __init__(self, model: nn.Module, method: Method, peaks: Mapping[str, int] | None = None) -> None:
         self._method = method
-        self.peaks: dict[str, int] = dict.fromkeys(COUNTED, 0)
+        self.peaks: dict[str, int] = dict.fromkeys(PLANNED, 0)
         self.peaks.update(peaks or {})
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
         self._raise("weights", sum(storages.values()))

@@ -10,8 +10,16 @@ from blockllm_cli.footprint import CATEGORIES, Category, TensorPlan, bytes_by_ca
 from blockllm_cli.methods.base import Method
 from blockllm_cli.optim.precision import Precision
 
-PLANNED: tuple[Category, ...] = ("weights", "master_weights", "gradients", "optimizer_state")
-"""Categories with a planned figure, zero included; the others are null until something plans them."""
+PLANNED: tuple[Category, ...] = (
+    "weights",
+    "master_weights",
+    "gradients",
+    "optimizer_state",
+    "indices",
+    "projectors",
+    "quantization",
+)
+"""Weights and all that methods hold: planned and counted, zero included. The others are null until something does."""
 
 
 @dataclass(frozen=True)

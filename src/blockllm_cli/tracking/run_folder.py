@@ -116,7 +116,8 @@ class RunFolder:
         Raises:
             StorageError: it cannot be made.
         """
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        # To the millisecond, so that names sort as runs began.
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
         path = output / safe_name(name) / f"{stamp}-{secrets.token_hex(2)}"
         with storage_errors(path, "make"):
             path.mkdir(parents=True)

@@ -39,6 +39,7 @@ def test_bytes_per_entry_of_each_category(name, precision, weights, master, grad
     plan = planned(name, precision, tied=tied)
     assert plan.by_category() == {
         **dict.fromkeys(CATEGORIES),
+        **dict.fromkeys(("indices", "projectors", "quantization"), 0),
         "weights": weights * size,
         "master_weights": master * size,
         "gradients": gradients * size,
