@@ -24,8 +24,9 @@ def rows_written(tiny) -> int:
     runs = tiny.folder / "runs" / "tiny"
     if not runs.is_dir():
         return 0
-    path = max(runs.iterdir()) / "metrics.jsonl"
-    return path.stat().st_size if path.exists() else 0
+    newest = max(runs.iterdir(), default=None)
+    path = newest / "metrics.jsonl" if newest else None
+    return path.stat().st_size if path and path.exists() else 0
 
 
 @pytest.mark.slow
