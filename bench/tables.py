@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ TABLE = (
     Cell("adamw-5e-3", "adamw", 5e-3),
     Cell("adamw-3e-4-dense-1e-2", "adamw", 3e-4, 1e-2),
     Cell("adamw-1e-3-dense-1e-2", "adamw", 1e-3, 1e-2),
+    Cell("adamw-beta2-0.95-3e-4-dense-1e-2", "adamw:betas=[0.9,0.95]", 3e-4, 1e-2),
+    Cell("frozen-beta2-0.95-1e-2", "frozen:betas=[0.9,0.95]", 1e-2),
 )
 
 
@@ -92,34 +95,40 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("DATA"), help="folder with the shards")
     parser.add_argument("--minutes", type=float, default=60.0, help="start no cell after this long")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at a time")
     parser.add_argument("--page-only", action="store_true", help="write the page from the cells that exist")
     arguments = parser.parse_args()
     CELLS.mkdir(parents=True, exist_ok=True)
     if not arguments.page_only:
         if arguments.data is None:
             parser.error("--data DIR (or make tables DATA=DIR) names the folder with the shards")
-        run_missing(arguments.data.resolve(), arguments.minutes * 60)
+        run_missing(arguments.data.resolve(), arguments.minutes * 60, arguments.jobs)
     PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")
     return 0
 
 
-def run_missing(data: Path, seconds: float) -> None:
-    """Run the cells that have no summary for this recipe and this data, longest-missing first."""
+def run_missing(data: Path, seconds: float, jobs: int) -> None:
+    """Run the cells that have no summary for this recipe and this data."""
     description = describe_data(data)
     (CELLS / "data.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     began = time.monotonic()
-    for cell in TABLE:
+
+    def fill(cell: Cell) -> None:
         path = CELLS / f"{cell.key}.json"
-        wanted = {"recipe": hashlib.sha256(RECIPE.read_bytes()).hexdigest(), "data": description["sha256"]}
+        wanted = {"command": cell.command(), "recipe": recipe, "data": description["sha256"]}
         if path.exists() and json.loads(path.read_text(encoding="utf-8"))["made_from"] == wanted:
             print(f"{cell.key}: done before")
-            continue
-        if time.monotonic() - began > seconds:
+        elif time.monotonic() - began > seconds:
             print(f"{cell.key}: left for another sitting")
-            continue
-        summary = run(cell, data)
-        path.write_text(json.dumps({"made_from": wanted, **summary}, indent=2) + "\n", encoding="utf-8")
+        else:
+            summary = run(cell, data)
+            path.write_text(json.dumps({"made_from": wanted, **summary}, indent=2) + "\n", encoding="utf-8")
+
+    recipe = hashlib.sha256(RECIPE.read_bytes()).hexdigest()
+    # Each cell computes with one thread, so as many run side by side as there are cores.
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(fill, TABLE))
 
 
 def run(cell: Cell, data: Path) -> dict[str, Any]:
@@ -160,7 +169,7 @@ def page() -> str:
     lines.append("|---|---|---|---|---|---|---|---|")
     for cell, summary in found.items():
         dense = cell.dense_rate if cell.dense_rate is not None else cell.learning_rate
-        body = "-" if cell.method == "frozen" else f"{cell.learning_rate:g}"
+        body = "-" if cell.method.startswith("frozen") else f"{cell.learning_rate:g}"
         ratio = f"{summary['perplexity'] / frozen:.2f}" if frozen else ""
         state = (summary["memory"]["optimizer_state"] + summary["memory"]["master_weights"]) / 2**20
         lines.append(

@@ -114,6 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows `blockllm`; absent: those of the process.
     """
+    # OpenMP reads this when torch is loaded. Its threads otherwise spin while they wait for each other, and where
+    # another program has one of the cores an update takes many times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         status = typer.main.get_command(app).main(
             args=list(sys.argv[1:] if arguments is None else arguments), prog_name="blockllm", standalone_mode=False
