@@ -47,7 +47,7 @@ class Run(Section):
         "auto", description="types of weights, products, accumulators and moments; auto takes what is faster here"
     )
     rounding: Literal["nearest", "stochastic"] = Field("nearest", description="rounding of bf16 writes of an update")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; absent: torch's own choice")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; absent: one per physical core")
     deterministic: bool | None = Field(
         None, description="deterministic kernels, on which a bit-exact resume rests; absent: true on CPU only"
     )

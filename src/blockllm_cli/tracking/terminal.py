@@ -132,6 +132,7 @@ class _LiveRun:
         self._started = time.perf_counter()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._perplexity = ""
         if console.is_terminal:
             self._progress = Progress(
                 BarColumn(bar_width=None),
@@ -157,7 +158,12 @@ class _LiveRun:
     def show(self, row: Mapping[str, Any], left: float | None) -> None:
         if self._progress is None or self._task is None:
             return
-        parts = [_figure(row, metrics.LOSS, "loss {:.3f}"), _figure(row, metrics.TOKENS_PER_SECOND, "{:,.0f} tokens/s")]
+        self._perplexity = _figure(row, metrics.PERPLEXITY, "perplexity {:.2f}") or self._perplexity
+        parts = [
+            _figure(row, metrics.LOSS, "loss {:.3f}"),
+            self._perplexity,
+            _figure(row, metrics.TOKENS_PER_SECOND, "{:,.0f} tokens/s"),
+        ]
         if left is not None:
             parts.append(f"{format_seconds(left)} left")
         parts += [
