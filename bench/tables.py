@@ -170,17 +170,26 @@ def page() -> str:
     for cell, summary in found.items():
         dense = cell.dense_rate if cell.dense_rate is not None else cell.learning_rate
         body = "-" if cell.method.startswith("frozen") else f"{cell.learning_rate:g}"
-        ratio = f"{summary['perplexity'] / frozen:.2f}" if frozen else ""
+        ratio = f"{summary['perplexity'] / frozen:.3f}" if frozen else ""
         state = (summary["memory"]["optimizer_state"] + summary["memory"]["master_weights"]) / 2**20
         lines.append(
             f"| {cell.method} | {body} | {dense:g} | {summary['perplexity']:.1f} | {ratio} "
             f"| {summary['state_entries'] / 1e6:.2f}M | {state:.1f} | {summary['tokens_per_second']:,.0f} |"
         )
+    for key in ("train_rows_sha256", "validation_sha256"):
+        if len({summary[key] for summary in found.values()}) > 1:
+            raise SystemExit(f"the cells were not made on the same rows: {key} differs")
+    better = [
+        f"`{cell.method}` at {cell.learning_rate:g} and {cell.dense_rate or cell.learning_rate:g}"
+        for cell, summary in found.items()
+        if frozen and summary["perplexity"] < frozen and not cell.method.startswith("frozen")
+    ]
     missing = [cell.key for cell in TABLE if cell not in found]
     any_run = next(iter(found.values()))
     machine = any_run["machine"]
     return INTRODUCTION.format(
         table="\n".join(lines),
+        better=", ".join(better) or "none",
         missing=f"Missing: {', '.join(missing)}." if missing else "No cell is missing.",
         commands="\n".join(cell.command() for cell in TABLE),
         shards=data["shards"],
@@ -206,6 +215,10 @@ they were drawn).
 
 {table}
 
+Rows that train the matrices and end below the control: {better}. In the others, training the matrices made things worse
+than leaving them at random within these 600 updates; initial weights are drawn with one spread of 0.02, the embedding's
+included, as in the papers' models.
+
 {missing} Unigram perplexity on the same validation set: {unigram:.1f}. "state" counts moments, step counters and fp32
 master copies.
 
@@ -219,10 +232,11 @@ Recipe `short-runs` (`blockllm recipes show short-runs`), each row by one comman
 
 `make tables DATA=DIR` runs the cells that are missing and writes this page; each cell's summary is under
 `docs/data/short-runs/`. Data: {shards} shards of gzipped JSON lines in C4's form, {megabytes:.1f} MB, sha256 over
-names and contents `{data_sha256}`. Their composition by characters: English web pages of C4 12 %, US government
-websites and blogs 31 %, US presidential addresses 8 %, one open textbook 5 %, books in the public domain 43 %, in 7,789
-training and 431 validation documents. Training rows of every cell start with the same hash (`{rows}`), as does the
-validation set (`{validation}`). Machine: {processor}, {threads} threads, torch {torch}.
+names and contents `{data_sha256}`. Their composition
+by characters: English web pages of C4 12 %, US government websites and blogs 31 %, US presidential addresses 8 %, one
+open textbook 5 %, books in the public domain 43 %, in 7,789 training and 431 validation documents. All cells saw the same training rows (sha256 `{rows}...`) and the same
+validation rows (`{validation}...`). Machine: {processor}, {threads} thread(s) a cell, two cells side by side, torch
+{torch}; other work ran beside some of them, so compare speeds only roughly.
 """
 
 
