@@ -234,7 +234,8 @@ Recipe `short-runs` (`blockllm recipes show short-runs`), each row by one comman
 `docs/data/short-runs/`. Data: {shards} shards of gzipped JSON lines in C4's form, {megabytes:.1f} MB, sha256 over
 names and contents `{data_sha256}`. Their composition
 by characters: English web pages of C4 12 %, US government websites and blogs 31 %, US presidential addresses 8 %, one
-open textbook 5 %, books in the public domain 43 %, in 7,789 training and 431 validation documents. All cells saw the same training rows (sha256 `{rows}...`) and the same
+open textbook 5 %, books in the public domain 43 %, in 7,789 training and 431 validation documents.
+All cells saw the same training rows (sha256 `{rows}...`) and the same
 validation rows (`{validation}...`). Machine: {processor}, {threads} thread(s) a cell, two cells side by side, torch
 {torch}; other work ran beside some of them, so compare speeds only roughly.
 """
