@@ -24,11 +24,11 @@ def format_count(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration such as `2 h 05 min`, `4 min 10 s` or `8.3 s`."""
+    """A duration such as `2 h 05 min`, `4 min 10 s`, `8.3 s` or `170 ms`."""
     if seconds >= 3600:
         minutes = round(seconds / 60)
         return f"{minutes // 60} h {minutes % 60:02d} min"
     if seconds >= 60:
         whole = round(seconds)
         return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{seconds:.1f} s"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"

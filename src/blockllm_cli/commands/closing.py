@@ -52,5 +52,6 @@ def _next_steps(folder: Path, summary: dict[str, Any]) -> list[str]:
         return [f"next: blockllm pretrain --resume {folder}"]
     lines = [f'next: blockllm generate {folder} --prompt "The"']
     if summary["method"] != "frozen":
-        lines.append(f"      blockllm pretrain {folder}/recipe.toml --method frozen   (what training no matrix gives)")
+        control = f"blockllm pretrain {folder}/recipe.toml --method frozen --name {summary['name']}-frozen"
+        lines.append(f"      {control}   (what training no matrix gives)")
     return lines
