@@ -50,13 +50,14 @@ def find_recipe(argument: str | Path) -> Path:
     """
     path = Path(argument)
     try:
-        if path.is_dir():
-            raise RecipeError(f"{argument} is a folder, not a recipe{_inside(path)}")
-        if path.exists():  # also a pipe, as a shell makes it of <(...)
+        if path.exists() and not path.is_dir():  # also a pipe, as a shell makes it of <(...)
             return path
+        # A folder that happens to have the name of a shipped recipe, such as that of its runs, does not hide it.
         shipped = shipped_path(str(argument))
         if shipped is not None:
             return shipped
+        if path.is_dir():
+            raise RecipeError(f"{argument} is a folder, not a recipe{_inside(path)}")
         raise RecipeError(f"there is no recipe {argument}{_instead(path)}")
     except OSError as error:
         raise RecipeError(f"{argument}: cannot be read: {error.strerror or error}") from error

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from blockllm_cli import metrics
 from blockllm_cli.units import format_bytes, format_count, format_seconds
@@ -124,29 +126,26 @@ class Terminal:
 
 
 class _LiveRun:
-    """Progress of the loop, the time left, and on a terminal a bar with the newest figures."""
+    """Progress of the loop, the time left, and on a terminal a bar with the newest figures, which fit 80 columns."""
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
         self.steps = steps
         self._first = done
         self._started = time.perf_counter()
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
         self._perplexity = ""
+        self._below = Text()
+        self._progress = Progress(
+            BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.fields[figures]}", markup=False)
+        )
+        self._task = self._progress.add_task("training", total=steps, completed=done, figures="")
+        self._live: Live | None = None
         if console.is_terminal:
-            self._progress = Progress(
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}", markup=False),
-                console=console,
-                transient=True,
-            )
-            self._task = self._progress.add_task("training", total=steps, completed=done, figures="")
-            self._progress.start()
+            shown = Group(self._progress, self._below)
+            self._live = Live(shown, console=console, transient=True, refresh_per_second=4)
+            self._live.start()
 
     def advance(self, step: int) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=step)
+        self._progress.update(self._task, completed=step)
 
     def seconds_left(self, row: Mapping[str, Any]) -> float | None:
         done: int = row[metrics.STEP] - self._first
@@ -156,31 +155,31 @@ class _LiveRun:
         return (time.perf_counter() - self._started) / done * to_do
 
     def show(self, row: Mapping[str, Any], left: float | None) -> None:
-        if self._progress is None or self._task is None:
-            return
         self._perplexity = _figure(row, metrics.PERPLEXITY, "perplexity {:.2f}") or self._perplexity
-        parts = [
-            _figure(row, metrics.LOSS, "loss {:.3f}"),
-            self._perplexity,
-            _figure(row, metrics.TOKENS_PER_SECOND, "{:,.0f} tokens/s"),
-        ]
-        if left is not None:
-            parts.append(f"{format_seconds(left)} left")
-        parts += [
+        figures = [_figure(row, metrics.LOSS, "loss {:.3f}"), self._perplexity]
+        figures += [f"{format_seconds(left)} left"] if left is not None else []
+        self._progress.update(self._task, figures=_joined(figures))
+        speed = [_figure(row, metrics.TOKENS_PER_SECOND, "{:,.0f} tokens/s")]
+        speed += [f"rss {format_bytes(row['memory/rss_bytes'])}"] if "memory/rss_bytes" in row else []
+        memory = [
             f"{name} {format_bytes(row[key])}"
             for name, key in (
                 ("weights", "memory/weights_bytes"),
+                ("master", "memory/master_weights_bytes"),
                 ("gradients", "memory/gradients_bytes"),
                 ("state", "memory/optimizer_state_bytes"),
-                ("rss", "memory/rss_bytes"),
             )
-            if key in row
+            if row.get(key)
         ]
-        self._progress.update(self._task, figures=" · ".join(part for part in parts if part))
+        self._below.plain = f"{_joined(speed)}\n{_joined(memory)}"
 
     def stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return " · ".join(part for part in parts if part)
 
 
 def _figure(row: Mapping[str, Any], key: str, form: str) -> str:

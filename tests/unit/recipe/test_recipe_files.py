@@ -104,3 +104,12 @@ def test_a_folder_is_no_recipe() -> None:
     Path("some/a.toml").write_text("", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"some is a folder, not a recipe; it holds some/a\.toml"):
         find_recipe("some")
+
+
+def test_a_folder_does_not_hide_the_shipped_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    assert find_recipe("quickstart").name == "quickstart.toml"
+    (tmp_path / "quickstart").rmdir()
+    (tmp_path / "quickstart").write_text("")
+    assert find_recipe("quickstart") == Path("quickstart"), "a file of one's own comes first"

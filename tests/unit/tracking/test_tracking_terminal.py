@@ -52,6 +52,14 @@ def test_an_evaluation_leaves_a_line_on_a_terminal_too():
     assert "perplexity 190.50" in shown(is_terminal=True, evaluate=True)[0]
 
 
+def test_everything_fits_80_columns():
+    printed, _ = shown(is_terminal=True, width=80, evaluate=True)
+    assert "loss 5.250 · perplexity 190.50" in printed
+    assert "8,123 tokens/s · rss 1.00 GiB" in printed
+    assert "weights 1.00 MiB" in printed
+    assert "…" not in printed
+
+
 def test_a_narrow_terminal_is_no_reason_to_fail():
     assert "the end" in shown(is_terminal=True, width=20)[0]
 
