@@ -21,7 +21,7 @@ from blockllm_cli.runner.machine import choose_machine, choose_precision, on_mac
 from blockllm_cli.tracking.run_folder import RECIPE, TOKENIZER, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
 from blockllm_cli.training.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, steps_on_disk
-from blockllm_cli.training.evaluation import PAPER_BATCHES, Evaluation, Evaluator
+from blockllm_cli.training.evaluation import Evaluation, evaluator_for
 from blockllm_cli.training.signals import StopFlag
 
 
@@ -110,15 +110,7 @@ def evaluate_run(
 
 def _evaluate(run: OpenedRun, terminal: Terminal, should_stop: Callable[[], bool]) -> tuple[OpenedRun, Evaluation, str]:
     inputs = prepare_inputs(run.resolved, run.folder, terminal, should_stop)
-    recipe = run.resolved.recipe
-    rows, ranks = PAPER_BATCHES.get(recipe.model.size or "", (recipe.evaluate.rows, 1))
-    evaluator = Evaluator(
-        rows=inputs.validation,
-        batch_rows=recipe.evaluate.rows,
-        legacy_rows=recipe.evaluate.legacy_rows or rows,
-        legacy_ranks=recipe.evaluate.legacy_ranks or ranks,
-        device=run.device,
-    )
+    evaluator = evaluator_for(run.resolved.recipe, inputs.validation, run.device)
     with terminal.working("evaluating"):
         evaluation = evaluator.evaluate(run.model, should_stop)
     return run, evaluation, inputs.validation_sha256

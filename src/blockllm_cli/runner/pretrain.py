@@ -30,7 +30,7 @@ from blockllm_cli.runner.summary import Outcome, write_summary
 from blockllm_cli.tracking.run_folder import ENVIRONMENT, PLAN, RECIPE, TOKENIZER, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
 from blockllm_cli.training.checkpoint import Checkpoint, find_checkpoint
-from blockllm_cli.training.evaluation import PAPER_BATCHES, Evaluator
+from blockllm_cli.training.evaluation import evaluator_for
 from blockllm_cli.training.random_state import restore_random_state, seed_random_state
 from blockllm_cli.training.schedule import Schedule
 from blockllm_cli.training.signals import StopFlag
@@ -218,7 +218,7 @@ class _Run:
         trainer = Trainer(model, self.method, factor, stream, settings, state, probe=meter, should_stop=self.stop)
         return Loop(
             trainer=trainer,
-            evaluator=self._evaluator(),
+            evaluator=evaluator_for(self.recipe, self.inputs.validation, self.machine.device),
             stream=stream,
             meter=meter,
             folder=folder,
@@ -256,17 +256,6 @@ class _Run:
             rows_digest=bytes.fromhex(saved["rows_digest"]),
             unigram_counts=np.array(saved["unigram_counts"], dtype=np.int64),
             data=saved["data"],
-        )
-
-    def _evaluator(self) -> Evaluator:
-        evaluate, model = self.recipe.evaluate, self.recipe.model
-        rows, ranks = PAPER_BATCHES.get(model.size or "", (evaluate.rows, 1))
-        return Evaluator(
-            rows=self.inputs.validation,
-            batch_rows=evaluate.rows,
-            legacy_rows=evaluate.legacy_rows or rows,
-            legacy_ranks=evaluate.legacy_ranks or ranks,
-            device=self.machine.device,
         )
 
     def _finish(self, folder: RunFolder, loop: Loop) -> Path:

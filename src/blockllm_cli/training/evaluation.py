@@ -20,6 +20,7 @@ from blockllm_cli.data.batches import batch_of, micro_batches
 from blockllm_cli.data.rows import Rows
 from blockllm_cli.errors import StopRequested
 from blockllm_cli.model.llama import LlamaForCausalLM
+from blockllm_cli.recipe.sections import Recipe
 
 # Batch rows and ranks with which each size was evaluated in the papers (GaLore scripts).
 PAPER_BATCHES = {"60m": (256, 1), "130m": (256, 1), "350m": (128, 4), "1b": (16, 8), "7b": (8, 64)}
@@ -86,6 +87,19 @@ class Evaluator:
             perplexity=perplexity_of(total / targets),
             perplexity_legacy=perplexity_of(legacy),
         )
+
+
+def evaluator_for(recipe: Recipe, rows: Rows, device: torch.device) -> Evaluator:
+    """The evaluator a recipe asks for; the legacy value's batch is the papers' where the model has a paper's size."""
+    evaluate = recipe.evaluate
+    legacy_rows, legacy_ranks = PAPER_BATCHES.get(recipe.model.size or "", (evaluate.rows, 1))
+    return Evaluator(
+        rows=rows,
+        batch_rows=evaluate.rows,
+        legacy_rows=evaluate.legacy_rows or legacy_rows,
+        legacy_ranks=evaluate.legacy_ranks or legacy_ranks,
+        device=device,
+    )
 
 
 def perplexity_of(loss: float) -> float:
