@@ -92,6 +92,7 @@ def test_failures_are_one_message_and_leave_nothing(tiny, arguments, code, words
     assert not (tiny.folder / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_from_outside_r11(tiny, number):
     process = subprocess.Popen(
@@ -117,7 +118,7 @@ def test_a_signal_from_outside_r11(tiny, number):
     process.stderr.close()
 
 
-def test_evaluate_and_generate_read_a_run_back(tiny):
+def test_evaluate_reads_a_run_back(tiny):
     run = tiny.run("schedule.steps=30")
     done = subprocess.run(
         [BLOCKLLM, "evaluate", str(run.folder), "--json"], capture_output=True, text=True, timeout=300
@@ -126,6 +127,10 @@ def test_evaluate_and_generate_read_a_run_back(tiny):
     result = json.loads(done.stdout)
     assert result["perplexity"] == run.summary["perplexity"]
     assert result["validation_sha256"] == run.summary["validation_sha256"]
+
+
+def test_generate_continues_a_prompt(tiny):
+    run = tiny.run("schedule.steps=10")
     made = subprocess.run(
         [BLOCKLLM, "generate", str(run.folder), "--prompt", "Document 12", "--tokens", "8", "--temperature", "0"],
         capture_output=True,
