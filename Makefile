@@ -64,7 +64,8 @@ tables: $(DEV)  ## Make the tables in docs/: run missing cells, for at most MINU
 	@test -n "$(DATA)" || { echo "make tables needs real text: make tables DATA=FOLDER (C4-shaped shards), or set BLOCKLLM_SHARED"; exit 2; }
 	$(BIN)/python bench/tables.py --data "$(DATA)" --minutes $(MINUTES) $(ARGS)
 
-docs: $(DEV)  ## Write the tables in docs/ anew from the cells that are there; nothing is run.
+docs: $(DEV)  ## Write docs/reference from the code, and the tables from the cells that are there; nothing is run.
+	$(BIN)/python docs/build.py
 	$(BIN)/python bench/tables.py --page-only $(ARGS)
 
 clean:  ## Remove the environment, caches and build output; runs stay.
