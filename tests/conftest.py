@@ -12,7 +12,7 @@ import pytest
 
 from support.tiny import TinyRuns
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command does, before anything loads torch
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the command does, before anything loads torch
 GOLDEN = Path(__file__).parent / "golden"
 WITHOUT_REAL_TEXT = pytest.StashKey[list[str]]()
 
