@@ -114,9 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows `blockllm`; absent: those of the process.
     """
-    # GNU OpenMP reads this when torch is loaded. Its threads spin while they wait for each other, which takes many times
-    # as long where another program has one of the cores. This many turns cost nothing on idle cores (measured); not
-    # to spin at all cost a quarter of the speed there.
+    # GNU OpenMP reads this when torch is loaded. Its threads spin while they wait for each other, and where another
+    # program has one of the cores an update then takes many times as long. This many turns cost nothing on idle
+    # cores (measured); not to spin at all cost a quarter of the speed there.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         status = typer.main.get_command(app).main(
