@@ -122,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = typer.main.get_command(app).main(
             args=list(sys.argv[1:] if arguments is None else arguments), prog_name="blockllm", standalone_mode=False
         )
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
         return status if isinstance(status, int) else ExitCode.OK
     except InterruptedRunError as error:
         return _say(f"interrupted: {error}", error.status)

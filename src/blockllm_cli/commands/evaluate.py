@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +43,7 @@ def evaluate(
                 ],
             )
             return
-    result = {
+    result: dict[str, Any] = {
         "run": str(opened.folder.path),
         "step": opened.checkpoint.step,
         "perplexity": evaluation.perplexity,
@@ -52,4 +53,6 @@ def evaluate(
         "targets": evaluation.targets,
         "validation_sha256": digest,
     }
-    print(json.dumps(result, indent=2))
+    # A figure that is not finite is null: JSON has no word for it.
+    plain = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in result.items()}
+    print(json.dumps(plain, indent=2, allow_nan=False))

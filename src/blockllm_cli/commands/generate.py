@@ -17,7 +17,7 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add; the end of a document ends earlier.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the k likeliest only.")] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.")] = 0,
     step: Annotated[int | None, typer.Option(help="Which checkpoint, by its update; the newest if left out.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -90,6 +90,7 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
         RecipeError: the method, one of its options or the architecture is refused; one line per problem.
     """
     recipe = loaded.recipe
+    _check_run_seed(loaded)
     config = assumed_config(recipe.model, recipe.tokenizer, error=loaded.error)
     method = _class_of(recipe.method["name"], loaded.line)
     size, published = nearest_hyperparameters(method.facts, config)
@@ -107,6 +108,18 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
     table = {"name": method.name, "seed": seed, **options.model_dump(mode="json", exclude_none=True)}
     filled = recipe.model_copy(update={**sections, "method": table})
     return Resolved(filled, loaded, method, options, MappingProxyType(comments))
+
+
+def _check_run_seed(loaded: LoadedRecipe) -> None:
+    """Refuse a flag that changes nothing: a recipe that gives all three seeds, as that in a run folder does."""
+    origin = loaded.origins.get("run.seed")
+    derived = ("model.seed", "data.seed", "method.seed")
+    if origin is not None and origin.line is None and all(key in loaded.origins for key in derived):
+        raise loaded.error(
+            "run.seed",
+            f"has no effect, since the recipe gives {', '.join(derived)} itself",
+            fix="set those, or take a recipe without them",
+        )
 
 
 def assumed_config(model: Model, tokenizer: Tokenizer, *, error: Callable[..., RecipeError]) -> LlamaConfig:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockllm_cli.errors import InputError
 from blockllm_cli.model.attention import attend
 from blockllm_cli.model.llama import Attention, DecoderLayer, LlamaForCausalLM
 from blockllm_cli.model.rotary import Turn
@@ -64,6 +65,8 @@ def generate(
 def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> int:
     """One token from `logits` (V,), drawn on the CPU so that a seed means the same on every device."""
     wide = logits.float().cpu()
+    if not wide.isfinite().all():
+        raise InputError("the model gives values that are not finite: its training diverged")
     if temperature == 0:
         return int(wide.argmax())
     kept = wide.topk(min(top_k or wide.numel(), wide.numel()))

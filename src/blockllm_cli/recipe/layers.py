@@ -24,6 +24,7 @@ GOVERNED: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
             {"path": ("file", "hub"), "vocab_size": ("train",), "kind": ("train",), "sample_bytes": ("train",)}
         ),
         "data.corpus": MappingProxyType({"train": ("files",), "validation": ("files",)}),
+        "schedule.shape": MappingProxyType({"min_ratio": ("cosine", "linear", "wsd", "papers")}),
     }
 )
 """Keys that are read only for some values of another key of their table."""

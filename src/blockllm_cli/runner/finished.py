@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from blockllm_cli.data.tokenizer import Tokenizer, load_tokenizer
-from blockllm_cli.errors import InputError, InterruptedRunError, StopRequested
+from blockllm_cli.errors import InputError, InterruptedRunError, RecipeError, StopRequested
 from blockllm_cli.methods.resolve import Resolved, resolve_recipe
 from blockllm_cli.model.config import llama_config
 from blockllm_cli.model.generation import generate
@@ -23,6 +23,8 @@ from blockllm_cli.tracking.terminal import Terminal
 from blockllm_cli.training.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, steps_on_disk
 from blockllm_cli.training.evaluation import Evaluation, evaluator_for
 from blockllm_cli.training.signals import StopFlag
+
+_MAY_CHANGE = ("evaluate.", "data.", "run.device", "run.threads", "run.deterministic")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def opened_run(path: Path, *, step: int | None, overrides: Sequence[str] = ()) -
         InputError: no such run or checkpoint, or it is damaged.
     """
     folder = RunFolder.existing(path)
+    _check_overrides(overrides)
     resolved = resolve_recipe(folder.path / RECIPE, overrides=overrides)
     machine = choose_machine(resolved.loaded)
     checkpoint = _checkpoint(folder, step)
@@ -73,6 +76,16 @@ def opened_run(path: Path, *, step: int | None, overrides: Sequence[str] = ()) -
         )
         load_weights(model, checkpoint.weights())
         yield OpenedRun(folder, resolved, checkpoint, tokenizer, model, machine.device)
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if not key.startswith(_MAY_CHANGE):
+            raise RecipeError(
+                f"--set {override}: {key} belongs to the run that was trained; an evaluation may change "
+                f"{', '.join(each + '*' if each.endswith('.') else each for each in _MAY_CHANGE)}"
+            )
 
 
 def _checkpoint(folder: RunFolder, step: int | None) -> Checkpoint:

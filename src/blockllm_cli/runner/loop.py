@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from blockllm_cli import metrics
 from blockllm_cli.data.stream import RowStream
-from blockllm_cli.errors import InterruptedRunError, StopRequested
+from blockllm_cli.errors import DivergedError, InterruptedRunError, StopRequested
 from blockllm_cli.memory.measure import MemoryMeter, process_memory
-from blockllm_cli.methods.base import Event
 from blockllm_cli.recipe.sections import Recipe
 from blockllm_cli.recipe.steps import total_steps
+from blockllm_cli.runner.inputs import Inputs
 from blockllm_cli.tracking.run_folder import EVENTS, METRICS, ROWS, JsonLines, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
 from blockllm_cli.training.checkpoint import save_checkpoint
@@ -35,6 +35,8 @@ class Observed:
         skipped: updates skipped for a non-finite value.
         train_loss: loss of the newest update.
         evaluation: figures of the newest evaluation, as in metrics.jsonl.
+        evaluated_step: when that was.
+        newest_row: training figures of the newest update, logged or not.
         has_begun: whether what comes before the first update was done, or stands in `pending_row`.
         pending_row: a row whose evaluation a stop cut short; the resumed run evaluates and writes it first.
     """
@@ -44,6 +46,8 @@ class Observed:
     skipped: int = 0
     train_loss: float | None = None
     evaluation: metrics.Row = field(default_factory=dict)
+    evaluated_step: int | None = None
+    newest_row: metrics.Row = field(default_factory=dict)
     has_begun: bool = False
     pending_row: metrics.Row | None = None
 
@@ -79,7 +83,7 @@ class Loop:
         stop: StopFlag,
         stop_after: int | None,
         observed: Observed,
-        notices: Sequence[Event],
+        inputs: Inputs,
     ) -> None:
         self.trainer = trainer
         self.evaluator = evaluator
@@ -94,7 +98,7 @@ class Loop:
         self._recipe = recipe
         self._stop = stop
         self._stop_after = stop_after
-        self._notices = notices
+        self._inputs = inputs
         self._steps = total_steps(recipe)
         self._started = time.perf_counter()
         self._window = _Window()
@@ -122,6 +126,9 @@ class Loop:
                 self._observe(report)
                 if self._is_enough(report):
                     return
+            if self.observed.evaluated_step != self.step:
+                self._end_late()
+            self._check_outcome()
         except StopRequested as error:
             self._save()
             assert self._stop.signal_number is not None
@@ -141,7 +148,7 @@ class Loop:
             self._evaluate_and_log(self.observed.pending_row)
         elif not self.observed.has_begun:
             self.observed.has_begun = True
-            for event in self._notices:
+            for event in self._inputs.notices:
                 self._events.append({"step": 0, **event})
                 self._terminal.say(f"validation set: {_plain(event)}")
             if self._recipe.evaluate.at_start:
@@ -161,7 +168,7 @@ class Loop:
         is_logged = report.is_last or report.step % recipe.tracking.log_every == 0
         is_evaluated = report.is_last or (recipe.evaluate.every > 0 and report.step % recipe.evaluate.every == 0)
         if is_logged or is_evaluated:
-            row = metrics.counter_row(self.trainer.state) | metrics.train_row(report) | self._throughput()
+            row = self.observed.newest_row | self._throughput()
             if is_evaluated:
                 self._evaluate_and_log(row)
             else:
@@ -170,8 +177,23 @@ class Loop:
         if report.is_last or (every > 0 and report.step % every == 0) or report.step == self._stop_after:
             self._save()
 
+    def _end_late(self) -> None:
+        """Close a run that was cut after its last update, before it could know that the data had ended."""
+        self._metrics.cut(self.step - 1)
+        self._evaluate_and_log(self.observed.newest_row)
+        for event in self._stream.events_at_end:
+            self._events.append({"step": self.step, **event})
+
+    def _check_outcome(self) -> None:
+        if self.observed.evaluation and self.observed.evaluation[metrics.EVAL_LOSS] is None:
+            raise DivergedError(
+                f"the evaluation after update {self.step} is not finite: the weights are of no use; lower "
+                "schedule.learning_rate, lengthen schedule.warmup, or set schedule.clip = 1.0"
+            )
+
     def _count(self, report: StepReport) -> None:
-        self.observed.train_loss = metrics.train_row(report)[metrics.LOSS]
+        self.observed.newest_row = metrics.counter_row(self.trainer.state) | metrics.train_row(report)
+        self.observed.train_loss = self.observed.newest_row[metrics.LOSS]
         self.observed.skipped += report.skipped
         self.step_seconds.append(report.seconds)
         self.process_targets += report.targets
@@ -201,6 +223,7 @@ class Loop:
         figures = metrics.evaluation_row(evaluation, self._unigram())
         self._note_best(evaluation)
         self.observed.evaluation = figures
+        self.observed.evaluated_step = self.step
         self._log(row | figures | {metrics.EVAL_SECONDS: time.perf_counter() - started})
 
     def _unigram(self) -> float:
@@ -208,6 +231,8 @@ class Loop:
 
     def _note_best(self, evaluation: Evaluation) -> None:
         best = self.observed.best_perplexity
+        if not math.isfinite(evaluation.perplexity):
+            return
         if best is None or evaluation.perplexity < best:
             self.observed.best_perplexity = evaluation.perplexity
             self.observed.best_step = self.step
@@ -246,6 +271,8 @@ class Loop:
                 "observed": asdict(self.observed),
                 "memory_peaks": self.meter.peaks,
                 "random": random_state(),
+                "validation_sha256": self._inputs.validation_sha256,
+                "tokenizer_sha256": self._inputs.tokenizer.sha256,
             },
             keep=self._recipe.checkpoint.keep,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -17,6 +18,7 @@ import psutil
 import torch
 
 from blockllm_cli import __version__
+from blockllm_cli.durable import write_json
 from blockllm_cli.optim.precision import Precision, PrecisionName, Rounding, precision_of
 from blockllm_cli.recipe.load import LoadedRecipe
 from blockllm_cli.training.precision import bf16_is_faster
@@ -120,6 +122,29 @@ def describe_environment(machine: Machine) -> dict[str, Any]:
         "deterministic": machine.deterministic,
         "source": _source(),
     }
+
+
+def note_environment(path: Path, now: dict[str, Any]) -> list[str]:
+    """Put the machine of a resumed run into environment.json; one line for each change that ends bit-exactness.
+
+    The former description moves to the list under `earlier`.
+    """
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [
+            f"{key} was {before[key]}, is {now[key]}: from here on the run may differ in bits from an unbroken one"
+            for key in ("threads", "device", "deterministic", "processor")
+            if before[key] != now[key]
+        ]
+        earlier = [*before.pop("earlier", []), before]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ["environment.json could not be read, so nobody can say whether this is the machine the run began on"]
+    if {key: value for key, value in before.items() if key != "source"} == {
+        key: value for key, value in now.items() if key != "source"
+    }:
+        return []
+    write_json(path, {**now, "earlier": earlier})
+    return changed
 
 
 def versions() -> dict[str, str]:

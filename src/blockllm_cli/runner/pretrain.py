@@ -11,7 +11,7 @@ import numpy as np
 
 from blockllm_cli.data.stream import RowStream
 from blockllm_cli.durable import write_bytes, write_json, write_text
-from blockllm_cli.errors import BlockLLMError, InterruptedRunError, RecipeError, StopRequested
+from blockllm_cli.errors import BlockLLMError, InputError, InterruptedRunError, RecipeError, StopRequested
 from blockllm_cli.memory.measure import MemoryMeter
 from blockllm_cli.memory.plan import Plan, plan_run
 from blockllm_cli.methods.base import Method, Setting
@@ -24,12 +24,19 @@ from blockllm_cli.recipe.load import load_recipe
 from blockllm_cli.recipe.steps import total_steps, warmup_steps
 from blockllm_cli.runner.inputs import Inputs, prepare_inputs
 from blockllm_cli.runner.loop import Loop, Observed
-from blockllm_cli.runner.machine import Machine, choose_machine, choose_precision, describe_environment, on_machine
+from blockllm_cli.runner.machine import (
+    Machine,
+    choose_machine,
+    choose_precision,
+    describe_environment,
+    note_environment,
+    on_machine,
+)
 from blockllm_cli.runner.resume import LATEST_GOOD, check_comparable, folder_to_resume
 from blockllm_cli.runner.summary import Outcome, write_summary
 from blockllm_cli.tracking.run_folder import ENVIRONMENT, PLAN, RECIPE, TOKENIZER, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
-from blockllm_cli.training.checkpoint import Checkpoint, find_checkpoint
+from blockllm_cli.training.checkpoint import Checkpoint, find_checkpoint, set_aside, step_of, steps_on_disk
 from blockllm_cli.training.evaluation import evaluator_for
 from blockllm_cli.training.random_state import restore_random_state, seed_random_state
 from blockllm_cli.training.schedule import Schedule
@@ -150,10 +157,10 @@ class _Run:
         checkpoint = None
         if resumed:
             checkpoint = find_checkpoint(folder.checkpoints, fall_back=self.request.resume == LATEST_GOOD)
-            folder.cut(
-                checkpoint.step if checkpoint else -1,
-                row_pending=checkpoint is not None and checkpoint.state["observed"]["pending_row"] is not None,
-            )
+            self._check_inputs(folder, checkpoint)
+            if self._is_there_already(checkpoint):
+                self.terminal.say(f"--stop-after {self.request.stop_after}: the run is there already")
+                return folder.path
         self.terminal.log_to(folder.open_log())
         self.terminal.say(f"run folder: {folder.path}")
         if resumed:
@@ -163,12 +170,47 @@ class _Run:
         loop: Loop | None = None
         try:
             with self._stream(checkpoint) as stream:
-                loop = self._loop(folder, checkpoint, stream)
+                # All that can refuse a resume comes before the first change to the folder.
+                trainer = self._trainer(checkpoint, stream)
+                if resumed:
+                    self._continue(folder, checkpoint)
+                loop = self._loop(folder, checkpoint, stream, trainer)
                 loop.run()
         except BaseException as error:
-            self._write_failure(folder, loop, error)
+            if loop is not None or not resumed:
+                self._write_failure(folder, loop, error)
             raise
         return self._finish(folder, loop)
+
+    def _check_inputs(self, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is None:
+            return
+        now = {
+            "validation_sha256": self.inputs.validation_sha256,
+            "tokenizer_sha256": self.inputs.tokenizer.sha256,
+        }
+        for key, value in now.items():
+            if checkpoint.state[key] != value:
+                what = "validation rows are" if key == "validation_sha256" else "tokenizer is"
+                raise InputError(
+                    f"cannot resume {folder.path}: the {what} not what the run began with ({key} was "
+                    f"{checkpoint.state[key][:12]}..., is {value[:12]}...); put the files back, or start a new run"
+                )
+
+    def _is_there_already(self, checkpoint: Checkpoint | None) -> bool:
+        wanted, done = self.request.stop_after, checkpoint.step if checkpoint else 0
+        if wanted is not None and wanted < done:
+            raise RecipeError(f"--stop-after {wanted}: the run is at update {done} already")
+        return wanted is not None and wanted == done and wanted < total_steps(self.recipe)
+
+    def _continue(self, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+        """Take out of the folder what lies past the checkpoint that the run goes on from."""
+        step = checkpoint.step if checkpoint else -1
+        pending = checkpoint is not None and checkpoint.state["observed"]["pending_row"] is not None
+        set_aside(folder.checkpoints, [path for path in steps_on_disk(folder.checkpoints) if step_of(path) > step])
+        folder.cut(step, row_pending=pending)
+        for line in note_environment(folder.path / ENVIRONMENT, describe_environment(self.machine)):
+            self.terminal.say(f"note: {line}")
 
     def _write_start(self, folder: RunFolder) -> None:
         write_bytes(folder.path / TOKENIZER, self.inputs.tokenizer.model_bytes)
@@ -191,7 +233,7 @@ class _Run:
         finally:
             stream.close()
 
-    def _loop(self, folder: RunFolder, checkpoint: Checkpoint | None, stream: RowStream) -> Loop:
+    def _trainer(self, checkpoint: Checkpoint | None, stream: RowStream) -> Trainer:
         model = self._model(checkpoint)
         self.method.prepare(model)
         state = self._train_state(checkpoint, stream)
@@ -200,7 +242,7 @@ class _Run:
             restore_random_state(checkpoint.state["random"])
         else:
             seed_random_state(self.resolved.method_seed)
-        meter = MemoryMeter(model, self.method, checkpoint.state["memory_peaks"] if checkpoint else None)
+        self.meter = MemoryMeter(model, self.method, checkpoint.state["memory_peaks"] if checkpoint else None)
         schedule = self.recipe.schedule
         assert schedule.learning_rate is not None  # filled when the recipe was resolved
         settings = TrainerSettings(
@@ -215,19 +257,21 @@ class _Run:
             device=self.machine.device,
         )
         factor = Schedule(schedule.shape, settings.steps, warmup_steps(self.recipe), schedule.min_ratio)
-        trainer = Trainer(model, self.method, factor, stream, settings, state, probe=meter, should_stop=self.stop)
+        return Trainer(model, self.method, factor, stream, settings, state, probe=self.meter, should_stop=self.stop)
+
+    def _loop(self, folder: RunFolder, checkpoint: Checkpoint | None, stream: RowStream, trainer: Trainer) -> Loop:
         return Loop(
             trainer=trainer,
             evaluator=evaluator_for(self.recipe, self.inputs.validation, self.machine.device),
             stream=stream,
-            meter=meter,
+            meter=self.meter,
             folder=folder,
             terminal=self.terminal,
             recipe=self.recipe,
             stop=self.stop,
             stop_after=self.request.stop_after,
             observed=Observed.restore(checkpoint.state["observed"]) if checkpoint else Observed(),
-            notices=self.inputs.notices,
+            inputs=self.inputs,
         )
 
     def _model(self, checkpoint: Checkpoint | None) -> LlamaForCausalLM:

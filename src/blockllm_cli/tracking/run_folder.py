@@ -55,6 +55,13 @@ class JsonLines:
         with storage_errors(self.path, "write"):
             os.fsync(self._file.fileno())
 
+    def cut(self, last_step: int) -> None:
+        """Remove the rows past `last_step`."""
+        self._file.close()
+        cut_json_lines(self.path, last_step)
+        with storage_errors(self.path, "open"):
+            self._file = self.path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Close the file; a failing disk has been reported by then."""
         with contextlib.suppress(OSError):
@@ -83,7 +90,11 @@ def cut_json_lines(path: Path, last_step: int) -> None:
     """Remove rows past `last_step`, whole or not at all."""
     if not path.exists():
         return
-    kept = [row for row in read_json_lines(path) if row["step"] <= last_step]
+    rows = read_json_lines(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise InputError(f"{path}, row {number}: not an object with a whole number under `step`")
+    kept = [row for row in rows if row["step"] <= last_step]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
@@ -169,15 +180,12 @@ class RunFolder:
             os.close(descriptor)
 
     def summary(self) -> dict[str, Any] | None:
-        """What summary.json says, or None while the run has none."""
-        path = self.path / SUMMARY
-        if not path.exists():
-            return None
+        """What summary.json says, or None where it says nothing: nothing in a run depends on it."""
         try:
-            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {path}: {error}") from error
-        return value
+            value = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return value if isinstance(value, dict) and {"status", "steps", "perplexity"} <= value.keys() else None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace summary.json."""

@@ -5,6 +5,8 @@ Off a terminal nothing is redrawn: one plain line per logged update, no escape c
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,15 @@ from blockllm_cli import metrics
 from blockllm_cli.units import format_bytes, format_count, format_seconds
 
 
+class _LastingConsole(Console):
+    """A console whose reader may go away: training goes on, and log.txt has what is no longer printed."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # Python flushes stdout once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Terminal:
     """Prints to stdout and, once a run folder exists, to its log.
 
@@ -29,7 +40,7 @@ class Terminal:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _LastingConsole(highlight=False, soft_wrap=True)
         self._log: TextIO | None = None
         self._early: list[str] = []
         self._live: _LiveRun | None = None

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def save_checkpoint(
         keep: how many to leave.
 
     Returns:
-        The new folder. A checkpoint of this step that exists already is left as it is.
+        The new folder. A sound checkpoint of this step that exists already is left as it is.
 
     Raises:
         DivergedError: a weight is not finite; nothing is written and the older checkpoints stay.
@@ -135,7 +135,9 @@ def save_checkpoint(
     """
     folder = checkpoints / f"step-{step:08d}"
     if folder.exists():
-        return folder
+        if _is_sound(folder):
+            return folder
+        set_aside(checkpoints, [folder])
     _check_finite(weights, step)
     beside = checkpoints / f".{folder.name}.{os.getpid()}.tmp"
     tensors = {name: value for name, value in method_state.items() if isinstance(value, Tensor)}
@@ -158,9 +160,30 @@ def save_checkpoint(
             raise
         sync_folder(checkpoints)
         write_text(checkpoints / LATEST, folder.name + "\n")
-        for old in steps_on_disk(checkpoints)[:-keep]:
+        others = [path for path in steps_on_disk(checkpoints) if path != folder]
+        for old in others[: max(0, len(others) - keep + 1)]:
             shutil.rmtree(old)
     return folder
+
+
+def set_aside(checkpoints: Path, folders: Sequence[Path]) -> None:
+    """Hide checkpoints that are not to be found again, without destroying them: `.damaged-step-...`."""
+    if not folders:
+        return
+    with storage_errors(checkpoints, "rename a checkpoint in"):
+        for folder in folders:
+            hidden = checkpoints / f".damaged-{folder.name}"
+            shutil.rmtree(hidden, ignore_errors=True)
+            folder.rename(hidden)
+        sync_folder(checkpoints)
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        open_checkpoint(folder)
+    except InputError:
+        return False
+    return True
 
 
 def _check_finite(weights: Mapping[str, Tensor], step: int) -> None:
@@ -194,7 +217,12 @@ def steps_on_disk(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     found = [path for path in checkpoints.iterdir() if _FOLDER.match(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Updates done at the checkpoint in `folder`, from its name."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -205,8 +233,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     manifest = _read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise InputError(f"{folder / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
-    for name, expected in manifest["files"].items():
+        raise InputError(
+            f"{folder / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}; "
+            f"{_other_ways(folder)}"
+        )
+    step, files = manifest.get("step"), manifest.get("files")
+    if (
+        type(step) is not int
+        or folder.name != f"step-{step:08d}"
+        or not isinstance(files, dict)
+        or set(files) != {WEIGHTS, METHOD, STATE}
+        or not all(isinstance(expected, dict) and {"bytes", "sha256"} <= set(expected) for expected in files.values())
+    ):
+        raise InputError(f"{folder / MANIFEST} is not the manifest of this checkpoint; {_other_ways(folder)}")
+    for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             raise InputError(f"the checkpoint {folder} lacks {name}; {_other_ways(folder)}")
@@ -215,13 +255,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise InputError(f"{path} has {size} bytes, {expected['bytes']} were written; {_other_ways(folder)}")
         if file_sha256(path) != expected["sha256"]:
             raise InputError(f"{path} is not what was written (its SHA-256 differs); {_other_ways(folder)}")
-    return Checkpoint(folder, int(manifest["step"]), _read_json(folder / STATE))
+    return Checkpoint(folder, step, _read_json(folder / STATE))
 
 
 def _other_ways(folder: Path) -> str:
-    older = [path.name for path in steps_on_disk(folder.parent) if path.name < folder.name]
+    older = [path for path in steps_on_disk(folder.parent) if path.name < folder.name]
     if older:
-        return f"--resume latest-good goes back to a sound one ({older[-1]} is the next)"
+        return f"go back to an older one: pretrain --resume latest-good, or evaluate --step {step_of(older[-1])}"
     return "there is no older checkpoint in this run"
 
 
@@ -229,9 +269,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise InputError(f"cannot read {path}: {error}; {_other_ways(path.parent)}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a table")
+        raise InputError(f"{path} does not hold a table; {_other_ways(path.parent)}")
     return value
 
 

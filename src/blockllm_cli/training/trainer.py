@@ -256,10 +256,10 @@ class Trainer:
         if self._settings.on_nonfinite == "skip":
             return
         raise DivergedError(
-            f"update {step}: loss {loss}, gradient norm {norm}; no weight was changed by this update and the "
-            f"checkpoints before it are healthy. Usual causes: a learning rate that is too high (here {rates.body:.3g} "
-            f"for matrices, {rates.dense:.3g} for embedding, head and norms), too short a warm-up, clipping off, or "
-            "bf16 where fp32 is needed. Lower schedule.learning_rate, set schedule.clip = 1.0, or set "
+            f"update {step}: loss {loss}, gradient norm {norm}; this update changed no weight, and "
+            f"what was saved before it is finite. Usual causes: a learning rate that is too high (here "
+            f"{rates.body:.3g} for matrices, {rates.dense:.3g} for embedding, head and norms), too short a warm-up, "
+            "clipping off, or bf16 where fp32 is needed. Lower schedule.learning_rate, set schedule.clip = 1.0, or set "
             'run.on_nonfinite = "skip"'
         )
 

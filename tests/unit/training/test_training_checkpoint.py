@@ -74,7 +74,7 @@ def test_damage_is_found_and_named(tmp_path, damage):
         path.write_bytes(content[:-1])
     else:
         path.unlink()
-    with pytest.raises(InputError, match=r"weights\.safetensors.*latest-good.*step-00000001"):
+    with pytest.raises(InputError, match=r"weights\.safetensors.*latest-good.*--step 1"):
         find_checkpoint(tmp_path, fall_back=False)
     assert find_checkpoint(tmp_path, fall_back=True).step == 1
 
