@@ -165,8 +165,11 @@ def page() -> str:
     found = {cell: json.loads(path.read_text()) for cell in TABLE if (path := CELLS / f"{cell.key}.json").exists()}
     data = json.loads((CELLS / "data.json").read_text(encoding="utf-8"))
     frozen = next((s["perplexity"] for cell, s in found.items() if cell.method == "frozen"), None)
-    lines = ["| method | rate of matrices | rate of embedding, head, norms | perplexity | to frozen | entries with state | state MiB | tokens/s |"]  # fmt: skip  # noqa: E501
-    lines.append("|---|---|---|---|---|---|---|---|")
+    heads = (
+        "method", "rate of matrices", "rate of embedding, head, norms", "perplexity", "to frozen",
+        "entries with state", "state MiB", "tokens/s",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for cell, summary in found.items():
         dense = cell.dense_rate if cell.dense_rate is not None else cell.learning_rate
         body = "-" if cell.method.startswith("frozen") else f"{cell.learning_rate:g}"

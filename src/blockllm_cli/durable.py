@@ -92,6 +92,20 @@ def write_bytes(path: Path, content: bytes) -> None:
             beside.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`. Only for a folder that nobody else writes to.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    with storage_errors(folder, "clean"):
+        for rest in folder.glob(".*.tmp"):
+            if rest.is_dir():
+                shutil.rmtree(rest)
+            else:
+                rest.unlink()
+
+
 def write_text(path: Path, content: str) -> None:
     """`write_bytes` for text, as UTF-8 whatever the locale."""
     write_bytes(path, content.encode("utf-8"))

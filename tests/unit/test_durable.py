@@ -36,3 +36,15 @@ def test_json_has_no_nan(tmp_path):
 def test_text_is_utf8_whatever_the_locale(tmp_path):
     durable.write_json(tmp_path / "x.json", {"name": "Übung"})
     assert json.loads((tmp_path / "x.json").read_bytes().decode("utf-8")) == {"name": "Übung"}
+
+
+def test_rests_of_killed_writers_are_swept_and_nothing_else(tmp_path):
+    (tmp_path / ".latest.4711.tmp").write_text("half")
+    folder = tmp_path / ".step-00000001.4711.tmp"
+    folder.mkdir()
+    (folder / "weights.safetensors").write_bytes(b"half")
+    kept = [tmp_path / "latest", tmp_path / ".lock", tmp_path / "notes.tmp"]
+    for path in kept:
+        path.write_text("mine")
+    durable.sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from blockllm_cli.data.stream import RowStream
-from blockllm_cli.durable import write_bytes, write_json, write_text
+from blockllm_cli.durable import sweep, write_bytes, write_json, write_text
 from blockllm_cli.errors import BlockLLMError, InputError, InterruptedRunError, RecipeError, StopRequested
 from blockllm_cli.memory.measure import MemoryMeter
 from blockllm_cli.memory.plan import Plan, plan_run
@@ -208,6 +208,8 @@ class _Run:
         step = checkpoint.step if checkpoint else -1
         pending = checkpoint is not None and checkpoint.state["observed"]["pending_row"] is not None
         set_aside(folder.checkpoints, [path for path in steps_on_disk(folder.checkpoints) if step_of(path) > step])
+        for place in (folder.path, folder.checkpoints):
+            sweep(place)
         folder.cut(step, row_pending=pending)
         for line in note_environment(folder.path / ENVIRONMENT, describe_environment(self.machine)):
             self.terminal.say(f"note: {line}")

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blockllm_cli.durable import file_sha256, storage_errors, sync_file, sync_folder, write_json, write_text
+from blockllm_cli.durable import file_sha256, storage_errors, sweep, sync_file, sync_folder, write_json, write_text
 from blockllm_cli.errors import DivergedError, InputError
 
 FORMAT = 1
@@ -143,7 +143,7 @@ def save_checkpoint(
     tensors = {name: value for name, value in method_state.items() if isinstance(value, Tensor)}
     plain = {name: value for name, value in method_state.items() if not isinstance(value, Tensor)}
     with storage_errors(folder, "write the checkpoint"):
-        _sweep(checkpoints)
+        sweep(checkpoints)
         beside.mkdir(parents=True)
         try:
             _save_tensors(weights, beside / WEIGHTS)
@@ -204,12 +204,6 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         number = int(next(group for group in code.groups() if group)) if code else 0
         raise OSError(number, os.strerror(number) if number else str(error), str(path)) from error
     sync_file(path)
-
-
-def _sweep(checkpoints: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for rest in checkpoints.glob(".step-*.tmp"):
-        shutil.rmtree(rest)
 
 
 def steps_on_disk(checkpoints: Path) -> list[Path]:

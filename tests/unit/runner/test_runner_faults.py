@@ -38,6 +38,23 @@ def test_falling_back_with_one_to_keep_keeps_what_was_just_written(tiny):
     equal_rows(resumed.metrics, tiny.run(*sets).metrics)
 
 
+def test_what_lies_past_the_checkpoint_that_a_run_goes_on_from_is_set_aside_first(tiny):
+    cut = tiny.run("checkpoint.every=5", "checkpoint.keep=5", stop_after=15)
+    damage(cut.folder, 15)
+    checkpoints = cut.folder / "checkpoints"
+    for rest in (cut.folder / ".summary.json.4711.tmp", checkpoints / ".latest.4711.tmp"):
+        rest.write_text("left by a killed process")
+    tiny.run("checkpoint.every=5", "checkpoint.keep=5", resume="latest-good", stop_after=11)
+    assert sorted(each.name for each in checkpoints.iterdir()) == [
+        ".damaged-step-00000015",
+        "latest",
+        "step-00000005",
+        "step-00000010",
+        "step-00000011",
+    ]
+    assert not list(cut.folder.glob(".*.tmp"))
+
+
 def test_another_validation_set_is_refused_before_anything_changes(tiny, tmp_path):
     lines = (tiny.corpus / "validation.jsonl").read_text().splitlines()
     path = tmp_path / "validation.jsonl"
@@ -178,6 +195,7 @@ MANIFESTS = [
     '{"format": 1, "step": 5, "files": []}',
     '{"format": 1, "step": "x"}',
     '{"format": 1, "step": 5, "files": {}}',
+    '{"format": 1, "step": 5, "files": ["weights.safetensors", "method.safetensors", "state.json"]}',
     "[]",
     "",
 ]

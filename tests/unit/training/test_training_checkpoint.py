@@ -61,6 +61,17 @@ def test_rests_of_a_killed_save_are_swept(tmp_path):
     assert not rest.exists()
 
 
+def test_a_sound_checkpoint_of_the_step_stays_and_a_damaged_one_is_replaced(tmp_path):
+    folder = save(tmp_path, 1)
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    save(tmp_path, 1)
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+    (folder / "weights.safetensors").write_bytes(b"damaged")
+    assert save(tmp_path, 1) == folder
+    assert open_checkpoint(folder).step == 1
+    assert (tmp_path / ".damaged-step-00000001" / "weights.safetensors").read_bytes() == b"damaged"
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_is_found_and_named(tmp_path, damage):
     save(tmp_path, 1)
