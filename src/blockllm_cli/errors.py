@@ -19,6 +19,7 @@ class ExitCode(IntEnum):
     INPUT = 3
     DIVERGED = 5
     STORAGE = 6
+    GUARD = 7
 
 
 class BlockLLMError(Exception):
@@ -49,6 +50,12 @@ class StorageError(BlockLLMError):
     """The disk is full, read-only or locked by another process (code 6)."""
 
     exit_code = ExitCode.STORAGE
+
+
+class GuardError(BlockLLMError):
+    """A method broke a promise of its own, such as a budget or the memory plan (code 7)."""
+
+    exit_code = ExitCode.GUARD
 
 
 class StopRequested(Exception):  # noqa: N818  a request, as StopIteration is, and not an error

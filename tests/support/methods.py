@@ -68,7 +68,7 @@ def run_update(
     **keywords,
 ) -> float:
     """One update of `method`, through `routes` instead of its own if they are given; returns the loss before it."""
-    routes = routes or next(method.passes(step)).routes
+    routes = routes or next(method.passes(step, rates)).routes
     loss = 0.0
     size = ROWS // micro_batches
     with routed(model, routes):
@@ -77,7 +77,7 @@ def run_update(
             part.backward()
             loss += float(nll) / (ROWS * LENGTH)
     chosen = {name: route.result() for name, route in routes.items()}
-    method.update(step, rates, chosen, **keywords)
+    method.update(step, rates, chosen, loss, **keywords)
     return loss
 
 

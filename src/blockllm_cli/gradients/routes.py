@@ -8,13 +8,20 @@ without a route is frozen: autograd makes no weight-gradient product for it and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
 class Route(ABC):
-    """Keeps something of one parameter's gradient, summed over the micro-batches of a pass."""
+    """Keeps something of one parameter's gradient, summed over the micro-batches of a pass.
+
+    Attributes:
+        writes: whether `accept` writes weights, so that the loss has to be looked at before the backward pass.
+    """
+
+    writes: ClassVar[bool] = False
 
     @abstractmethod
     def accept(self, gradient: Tensor) -> None:

@@ -6,7 +6,9 @@ update. It lives in one file, `methods/<name>.py`, whose class is found by the r
 1. `Method(options, setting)`: nothing is allocated; `plan(shapes)` can already be asked.
 2. `prepare(model)`: takes hold of the parameters it will write and allocates its state.
 3. per update: `passes` yields passes (routes for one backward), `choose` returns the tensors the update will be
-   written from (the trainer checks and scales exactly these), `update` writes weights.
+   written from (the trainer checks and scales exactly these), `update` writes weights. An update can be given up at
+   any moment before `update` is called: until then nothing that a later update depends on may change, but for what
+   layer-wise routes write.
 4. `state_dict` / `load_state_dict`: everything that steers a later update, as tensors and plain values.
 """
 
@@ -58,6 +60,14 @@ class Hyperparameters:
 
 
 @dataclass(frozen=True)
+class Cycle:
+    """Options under which every parameter that a method trains has moved after `updates` updates of a tiny model."""
+
+    updates: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class MethodFacts:
     """What a method says about itself: read by the documentation, `blockllm methods` and the checks before a run.
 
@@ -68,7 +78,9 @@ class MethodFacts:
         family: "dense", "control", "projection", "block coordinate", ...
         variants: words that `method.variant` may take; the first is the default.
         keeps: what is kept of the gradient, in words.
-        can_go_layerwise: whether updates may run inside the backward pass.
+        layerwise: whether updates may run inside the backward pass, and whether they are then of a kind that does not
+            change when its gradient is scaled, so that clipping may be on.
+        cycle: how long it takes until every trained tensor has moved, for tests.
         hyperparameters: per model size (`60m`, ...), used for the nearest size; "*" holds where no size is listed.
         limits: what it cannot do, one sentence each, for the documentation.
     """
@@ -80,23 +92,9 @@ class MethodFacts:
     keeps: str
     hyperparameters: Mapping[str, Hyperparameters]
     variants: tuple[str, ...] = ()
-    can_go_layerwise: bool = False
+    layerwise: Literal["never", "scale_invariant", "any"] = "never"
+    cycle: Cycle = Cycle()
     limits: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a method knows of the run beside its own options.
-
-    Attributes:
-        seed: of all draws of the method, each keyed by (seed, parameter name, step).
-        precision: dtypes of weights, accumulators, moments, and the rounding of bf16 writes.
-        micro_batches: backward passes per update.
-    """
-
-    seed: int
-    precision: Precision
-    micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,10 +106,31 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Backward:
-    """A pass that runs forward and backward over the batch and feeds `routes` (parameter name -> route).
+class Setting:
+    """What a method knows of the run beside its own options.
 
-    A parameter without a route is frozen during the pass.
+    Attributes:
+        seed: of all draws of the method, each keyed by (seed, parameter name, step).
+        precision: dtypes of weights, accumulators, moments, and the rounding of bf16 writes.
+        micro_batches: backward passes per update.
+        peak: the highest rates of the schedule.
+        layerwise_allowed: whether the run lets weights be written inside the backward pass; the method still has to
+            ask `micro_batches`.
+    """
+
+    seed: int
+    precision: Precision
+    micro_batches: int = 1
+    peak: Rates = Rates(0.0, 0.0)
+    layerwise_allowed: bool = True
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A pass that runs forward and backward over the batch and feeds `routes`.
+
+    A key is the name of a parameter, or `<parameter>@<anything>` where one parameter has several routes. A parameter
+    without a route is frozen during the pass.
     """
 
     routes: Mapping[str, Route]
@@ -119,11 +138,12 @@ class Backward:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass left: the routes' results by parameter name, and the loss.
+    """What one pass left: the routes' results under their keys, and the loss.
 
     Attributes:
-        gradients: parameter name -> what its route kept; a parameter that no gradient reached is absent.
-        loss: sum of negative log likelihood over target tokens of the whole batch, float64 scalar on the device.
+        gradients: key of `Backward.routes` -> what the route kept; a route that no gradient reached is absent. A method
+            may take entries out, so that their memory is free before the update ends.
+        loss: mean negative log likelihood over the target tokens of the whole batch, float64 scalar on the device.
     """
 
     gradients: dict[str, Tensor]
@@ -154,16 +174,27 @@ class Method(ABC):
     def plan(self, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorPlan]:
         """Every tensor the method will hold for parameters of `shapes`: accumulated gradients, state, copies.
 
-        Weights themselves are not the method's.
+        Weights themselves are not the method's. Where it depends on the data which tensors those will be, the plan is
+        an upper bound per category.
+
+        Raises:
+            RecipeError: the options do not fit these shapes.
         """
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter `name` is ever written."""
+        return True
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:
         """Take hold of the model's parameters and allocate state. Called once, before any pass."""
 
     @abstractmethod
-    def passes(self, step: int) -> Generator[Backward, PassResult, None]:
-        """Yield the passes of update `step` (from 1); each is answered with its result before the next is asked."""
+    def passes(self, step: int, rates: Rates) -> Generator[Backward, PassResult, None]:
+        """Yield the passes of update `step` (from 1); each is answered with its result before the next is asked.
+
+        `rates` are those of this update, for routes that write weights inside the backward pass.
+        """
 
     def choose(self, step: int, results: Sequence[PassResult]) -> dict[str, Tensor]:
         """Make the choices of update `step` and return the tensors it will be written from, by parameter name.
@@ -175,9 +206,11 @@ class Method(ABC):
 
     @abstractmethod
     def update(
-        self, step: int, rates: Rates, chosen: Mapping[str, Tensor], *, count_unchanged: bool = False
+        self, step: int, rates: Rates, chosen: Mapping[str, Tensor], loss: float, *, count_unchanged: bool = False
     ) -> list[Event]:
         """Write the weights of update `step` from what `choose` returned; `chosen` may be overwritten.
+
+        `loss` is that of the last pass: nats per target token of the whole batch, finite.
 
         With `count_unchanged`, writes rounded to bf16 count the entries that kept their value (see `unchanged`).
         """

@@ -75,28 +75,23 @@ class DenseMethod(Method):
     def _rule(options: Any) -> DenseRule:
         """The rule that `options` describe."""
 
-    @staticmethod
-    def _trains(name: str) -> bool:
-        """Whether the parameter `name` is trained; the others get no route."""
-        return True
-
     def plan(self, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorPlan]:
         """Full gradients for the length of an update, then the state. See `Method.plan`.
 
         With a single micro-batch and an equal dtype, the gradient that autograd made is itself the accumulator.
         """
-        trained = {name: shape for name, shape in shapes.items() if self._trains(name)}
+        trained = {name: shape for name, shape in shapes.items() if self.trains(name)}
         dtype = str(self._accumulator).removeprefix("torch.")
         gradients = [TensorPlan(name, "gradients", shape, dtype, "update") for name, shape in trained.items()]
         return gradients + self._state.plan(trained)
 
     def prepare(self, model: nn.Module) -> None:
         """Allocate the state of the trained parameters. See `Method.prepare`."""
-        trained = {name: parameter for name, parameter in model.named_parameters() if self._trains(name)}
+        trained = {name: parameter for name, parameter in model.named_parameters() if self.trains(name)}
         self._names = list(trained)
         self._state.allocate(trained)
 
-    def passes(self, step: int) -> Generator[Backward, PassResult, None]:
+    def passes(self, step: int, rates: Rates) -> Generator[Backward, PassResult, None]:
         """One backward pass, dense routes for all that is trained."""
         yield Backward({name: Dense(self._accumulator) for name in self._names})
 
@@ -105,6 +100,7 @@ class DenseMethod(Method):
         step: int,
         rates: Rates,
         chosen: Mapping[str, Tensor],
+        loss: float,
         *,
         count_unchanged: bool = False,
     ) -> list[Event]:

@@ -49,6 +49,6 @@ class Frozen(DenseMethod):
     def _rule(options: FrozenOptions) -> AdamRule:
         return AdamRule(options.betas, options.eps, options.weight_decay, decoupled=True)
 
-    @staticmethod
-    def _trains(name: str) -> bool:
+    def trains(self, name: str) -> bool:
+        """Only embedding, head and norms."""
         return role_of(name) in DENSE_ROLES

@@ -195,19 +195,20 @@ class Trainer:
         targets = int(rows.targets_per_row().sum())
         factor = self._schedule.factor(step) * self.method.rate_factor(step)
         rates = Rates(self._settings.learning_rate * factor, self._settings.dense_rate * factor)
-        results = self._passes(step, rows, targets)
+        results = self._passes(step, rates, rows, targets)
         chosen = self.method.choose(step, results)
         # The one read of the device per update: nothing is written before loss and norm are known to be finite.
         loss, norm = torch.stack([results[-1].loss, kept_norm(chosen.values()).to(results[-1].loss.device)]).tolist()
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if skipped:
-            self._nonfinite(step, loss, norm, rates)
+            if self._settings.on_nonfinite == "stop":
+                raise self._diverged(step, loss, norm, rates)
             events.append({"kind": "skip", "loss": repr(loss), "gradient_norm": repr(norm)})
         else:
             if self._settings.clip > 0:
                 scale_to(chosen.values(), norm, self._settings.clip)
             count = step % self._settings.log_every == 0
-            events += self.method.update(step, rates, chosen, count_unchanged=count)
+            events += self.method.update(step, rates, chosen, loss, count_unchanged=count)
         self._probe.mark("update", sum(tensor.untyped_storage().nbytes() for tensor in chosen.values()))
         return StepReport(
             step=step,
@@ -223,20 +224,21 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
 
-    def _passes(self, step: int, rows: Rows, targets: int) -> list[PassResult]:
+    def _passes(self, step: int, rates: Rates, rows: Rows, targets: int) -> list[PassResult]:
         results: list[PassResult] = []
-        passes = self.method.passes(step)
+        passes = self.method.passes(step, rates)
         asked = next(passes, None)
         while asked is not None:
-            results.append(self._backward(asked, rows, targets))
+            results.append(self._backward(asked, step, rates, rows, targets))
             try:
                 asked = passes.send(results[-1])
             except StopIteration:
                 asked = None
         return results
 
-    def _backward(self, asked: Backward, rows: Rows, targets: int) -> PassResult:
+    def _backward(self, asked: Backward, step: int, rates: Rates, rows: Rows, targets: int) -> PassResult:
         nll = torch.zeros((), dtype=torch.float64, device=self._settings.device)
+        writes = any(route.writes for route in asked.routes.values())
         with routed(self.model, asked.routes):
             for part in micro_batches(rows, self._settings.micro_rows):
                 if self._should_stop():
@@ -245,6 +247,8 @@ class Trainer:
                 if batch.num_targets == 0:
                     continue
                 loss, part_nll = self.model.loss(batch, scale=1.0 / targets)
+                if writes and not math.isfinite(seen := float(part_nll)):
+                    raise self._diverged(step, seen / targets, "not taken", rates)
                 if asked.routes:
                     loss.backward()  # type: ignore[no-untyped-call]
                 nll += part_nll
@@ -252,10 +256,8 @@ class Trainer:
         gradients = {name: kept for name, route in asked.routes.items() if (kept := route.result()) is not None}
         return PassResult(gradients, nll / targets)
 
-    def _nonfinite(self, step: int, loss: float, norm: float, rates: Rates) -> None:
-        if self._settings.on_nonfinite == "skip":
-            return
-        raise DivergedError(
+    def _diverged(self, step: int, loss: float, norm: float | str, rates: Rates) -> DivergedError:
+        return DivergedError(
             f"update {step}: loss {loss}, gradient norm {norm}; this update changed no weight, and "
             f"what was saved before it is finite. Usual causes: a learning rate that is too high (here "
             f"{rates.body:.3g} for matrices, {rates.dense:.3g} for embedding, head and norms), too short a warm-up, "

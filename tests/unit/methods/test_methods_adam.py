@@ -37,5 +37,5 @@ def test_decay_passes_through_the_moments():
     method, model = make_method("adam", weight_decay=0.5), toy_llama()
     method.prepare(model)
     before = model.model.norm.weight.detach().clone()
-    method.update(1, Rates(0.1, 0.1), {name: torch.zeros_like(p) for name, p in model.named_parameters()})
+    method.update(1, Rates(0.1, 0.1), {name: torch.zeros_like(p) for name, p in model.named_parameters()}, 1.0)
     torch.testing.assert_close(model.model.norm.weight.detach(), before - 0.1, atol=1e-6, rtol=0)

@@ -40,7 +40,7 @@ def test_decay_is_decoupled():
     method.prepare(model)
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     gradients = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    method.update(1, Rates(0.1, 0.2), gradients)
+    method.update(1, Rates(0.1, 0.2), gradients, 1.0)
     torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.detach(), 0.95 * before, atol=0, rtol=1e-6)
     assert model.model.norm.weight.tolist() == pytest.approx([0.9] * 16)
 

@@ -110,7 +110,7 @@ def test_real_bytes_are_the_planned_bytes(name, precision, state_dtype, micro_ba
         real[h.category] = real.get(h.category, 0) + h.tensor.untyped_storage().nbytes()
     assert real == bytes_by_category(kept)
 
-    (asked,) = method.passes(1)
+    (asked,) = method.passes(1, Rates(1e-3, 1e-3))
     with routed(model, asked.routes):
         for _ in range(micro_batches):
             model.loss(toy_batch(1), scale=0.01)[0].backward()
@@ -120,7 +120,7 @@ def test_real_bytes_are_the_planned_bytes(name, precision, state_dtype, micro_ba
         assert route.held_bytes() == gradients[key].bytes, key
         assert f"{route.result().dtype}" == f"torch.{gradients[key].dtype}"
     # Nothing grows with use.
-    method.update(1, RATES, {key: route.result() for key, route in asked.routes.items()})
+    method.update(1, RATES, {key: route.result() for key, route in asked.routes.items()}, 1.0)
     assert sum(h.tensor.untyped_storage().nbytes() for h in method.held()) == sum(p.bytes for p in kept)
 
 

@@ -15,7 +15,7 @@ def test_matrices_keep_every_bit_and_get_no_route(tied):
     method, model = make_method("frozen"), toy_llama(tied=tied)
     method.prepare(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    (asked,) = method.passes(1)
+    (asked,) = method.passes(1, Rates(1e-3, 1e-3))
     assert {role_of(name) for name in asked.routes} == {"embedding", "norm"} | (set() if tied else {"head"})
     for step in range(1, 6):
         run_update(method, model, step, Rates(body=0.5, dense=1e-2))
