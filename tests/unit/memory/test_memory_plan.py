@@ -105,7 +105,7 @@ def test_a_real_update_holds_what_was_planned(name, precision, tied, micro_batch
     model = toy_llama(precision_of(precision).weights, tied=tied)
     method.prepare(model)
     meter = MemoryMeter(model, method)
-    routes = next(method.passes(1)).routes
+    routes = next(method.passes(1, Rates(1e-3, 1e-3))).routes
     run_update(method, model, 1, Rates(1e-3, 1e-3), micro_batches=micro_batches, routes=routes)
     meter.mark("backward", sum(route.held_bytes() for route in routes.values()))
     meter.mark("update", 0)
