@@ -1,4 +1,4 @@
-"""Which methods there are. A method's name is the name of its file here, or of an entry point of another package."""
+"""Which methods there are. A method's name is that of its file or folder here, or of an entry point elsewhere."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def suggest_method(name: str) -> str:
 
 
 def _built_in() -> list[str]:
-    return [path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _NOT_METHODS]
+    here = Path(__file__).parent
+    files = [path.stem for path in here.glob("*.py") if path.stem not in _NOT_METHODS]
+    return files + [path.parent.name for path in here.glob("*/__init__.py")]
 
 
 def _plugins() -> dict[str, EntryPoint]:
@@ -88,7 +90,7 @@ def _load(point: EntryPoint) -> type[Method]:
 
 
 def _only_method(module_name: str) -> type[Method]:
-    """The one class of the module that is a method and is defined there."""
+    """The one class in the module's namespace that is a method and is defined there, or inside of that folder."""
     module = import_module(module_name)
     found = list(_methods_defined_in(module_name, vars(module).values()))
     if len(found) != 1:
@@ -101,7 +103,7 @@ def _methods_defined_in(module_name: str, values: Iterable[object]) -> Iterable[
         if (
             inspect.isclass(value)
             and issubclass(value, Method)
-            and value.__module__ == module_name
+            and f"{value.__module__}.".startswith(f"{module_name}.")
             and not inspect.isabstract(value)
         ):
             yield value
