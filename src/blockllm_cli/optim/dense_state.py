@@ -1,13 +1,9 @@
-"""The state of a dense rule over named tensors, and the one place where its results are written into weights.
-
-All arithmetic is fp32 unless weights, gradients and state are all bf16 and are meant to be (`bf16_papers`). What is
-stored in bf16 is widened in slices of bounded size, updated, and rounded back once.
-"""
+"""The state of a dense rule over named tensors: every weight has its own, from the start to the end of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +11,11 @@ from torch import Tensor
 from blockllm_cli.errors import InputError
 from blockllm_cli.footprint import Category, TensorPlan
 from blockllm_cli.optim.precision import Precision
-from blockllm_cli.optim.rounding import StochasticRounder
 from blockllm_cli.optim.rules import DenseRule
-
-SLICE_ENTRIES = 2**21
-"""Entries that are widened to fp32 at a time: 8 MiB for each of weight, gradient and state."""
+from blockllm_cli.optim.stored import Stored, StoredRule
 
 MASTER = "master"
 STEP = "step"
-
-
-class _Slice(NamedTuple):
-    """Entries `start` to `stop` of a tensor in row-major order."""
-
-    name: str
-    start: int
-    stop: int
 
 
 class DenseState:
@@ -48,7 +33,7 @@ class DenseState:
     def __init__(self, rule: DenseRule, precision: Precision, seed: int) -> None:
         self._rule = rule
         self._precision = precision
-        self._rounder = StochasticRounder(seed) if precision.rounding == "stochastic" else None
+        self._stored_rule = StoredRule(rule, precision, seed)
         self._weights: dict[str, Tensor] = {}
         self._slots: dict[str, dict[str, Tensor]] = {}
         self._masters: dict[str, Tensor] = {}
@@ -101,82 +86,28 @@ class DenseState:
             and a bf16 weight is all there is of it (with a master copy no update is lost); else None.
         """
         self._step += 1
-        widen = not self._is_direct(gradients)
         by_rate: dict[float, list[str]] = {}
         for name in gradients:
             by_rate.setdefault(rate_of(name), []).append(name)
-        counts = count_unchanged and self._precision.weights == torch.bfloat16 and not self._precision.has_master
         changed: list[Tensor] = []
         for rate, names in by_rate.items():
-            for group in self._groups(names, whole=not widen and not counts):
-                former = [weight.clone() for weight in self._cut(self._weights, group)] if counts else []
-                self._update_group(group, gradients, rate, widen=widen)
-                now = self._cut(self._weights, group) if counts else []
-                changed += [_count_changed(old, new) for old, new in zip(former, now, strict=True)]
+            stored = [self._stored(name, gradients[name]) for name in names]
+            changed += self._stored_rule.apply(
+                stored, lr=rate, step=self._step, draw=self._step, count_unchanged=count_unchanged
+            )
         if not changed:
             return None
         return 1.0 - torch.stack(changed).sum() / sum(self._weights[name].numel() for name in gradients)
 
-    def _is_direct(self, gradients: Mapping[str, Tensor]) -> bool:
-        """Whether the rule can run on the stored tensors themselves, so that nothing has to be cut."""
-        precision = self._precision
-        stored = {precision.weights, *(gradient.dtype for gradient in gradients.values())}
-        if self._rule.slots:
-            stored.add(precision.moments)
-        if stored == {torch.float32}:
-            return True
-        return precision.name == "bf16_papers" and stored == {torch.bfloat16} and self._rounder is None
-
-    def _groups(self, names: Iterable[str], *, whole: bool) -> Iterator[list[_Slice]]:
-        """Cut the tensors so that a group has at most `SLICE_ENTRIES` entries; one group of whole tensors if `whole`.
-
-        Cuts are at multiples of `SLICE_ENTRIES` within a tensor, so that neither vector units nor draws see them.
-        """
-        group: list[_Slice] = []
-        entries = 0
-        for name in names:
-            size = self._weights[name].numel()
-            for start in range(0, size, size if whole else SLICE_ENTRIES):
-                stop = size if whole else min(start + SLICE_ENTRIES, size)
-                if group and not whole and entries + stop - start > SLICE_ENTRIES:
-                    yield group
-                    group, entries = [], 0
-                group.append(_Slice(name, start, stop))
-                entries += stop - start
-        if group:
-            yield group
-
-    def _update_group(
-        self, group: Sequence[_Slice], gradients: Mapping[str, Tensor], rate: float, *, widen: bool
-    ) -> None:
-        weights = self._cut(self._weights, group)
-        slots = [
-            self._cut({part.name: self._slots[part.name][slot] for part in group}, group) for slot in self._rule.slots
-        ]
-        grads = self._cut(gradients, group)
-        work = self._cut(self._masters, group) if self._masters else _fp32(weights) if widen else weights
-        work_slots = [_fp32(slot) for slot in slots] if widen else slots
-        self._rule.apply(work, _fp32(grads) if widen else grads, work_slots, step=self._step, lr=rate)
-        for name, stored, new in zip(self._rule.slots, slots, work_slots, strict=True):
-            self._write(stored, new, group, name)
-        self._write(weights, work, group, "weight", keep=bool(self._masters))
-
-    def _write(
-        self, stored: Sequence[Tensor], new: Sequence[Tensor], group: Sequence[_Slice], what: str, *, keep: bool = False
-    ) -> None:
-        """Put `new` into `stored`, rounding as the run asks; `new` is used up unless `keep`."""
-        for target, source, part in zip(stored, new, group, strict=True):
-            if target is source:
-                continue
-            if self._rounder is None:
-                target.copy_(source)
-            else:
-                key = f"{part.name}/{what}/{self._step}/{part.start}"
-                self._rounder.write(target, source.clone() if keep else source, key)
-
-    @staticmethod
-    def _cut(tensors: Mapping[str, Tensor], group: Sequence[_Slice]) -> list[Tensor]:
-        return [tensors[part.name].reshape(-1)[part.start : part.stop] for part in group]
+    def _stored(self, name: str, gradient: Tensor) -> Stored:
+        master = self._masters.get(name)
+        return Stored(
+            name,
+            self._weights[name].view(-1),
+            gradient.reshape(-1),
+            tuple(self._slots[name][slot].view(-1) for slot in self._rule.slots),
+            None if master is None else master.view(-1),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All state under its saved names; the tensors are the live ones, not copies."""
@@ -227,13 +158,3 @@ class DenseState:
     def entries(self) -> int:
         """Elements of all weights."""
         return sum(weight.numel() for weight in self._weights.values())
-
-
-def _fp32(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in fp32; those that are fp32 already are not copied."""
-    return [tensor.float() for tensor in tensors]
-
-
-def _count_changed(old: Tensor, new: Tensor) -> Tensor:
-    """How many entries of two bf16 tensors differ; by their bits, which is five times faster than by value."""
-    return torch.count_nonzero(old.view(torch.int16) ^ new.view(torch.int16))

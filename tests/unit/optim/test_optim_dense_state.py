@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blockllm_cli.optim import dense_state
+from blockllm_cli.optim import stored as stored_module
 from blockllm_cli.optim.adam import AdamRule
 from blockllm_cli.optim.dense_state import DenseState
 from blockllm_cli.optim.precision import precision_of
@@ -71,7 +71,7 @@ def test_slices_do_not_show_with_nearest_rounding(precision, monkeypatch):
     """Cut in pieces of 32 entries, the update is the same; so the largest tensor does not decide the workspace."""
     runs = []
     for entries in (2**21, 32):
-        monkeypatch.setattr(dense_state, "SLICE_ENTRIES", entries)
+        monkeypatch.setattr(stored_module, "SLICE_ENTRIES", entries)
         state, weights = made(precision)
         for step in range(1, 4):
             state.update(gradients(step), rate_of)
@@ -84,7 +84,7 @@ def test_the_workspace_is_bounded_by_the_slice(monkeypatch):
     """No tensor that the update makes is larger than a slice, whatever the size of the weights."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    monkeypatch.setattr(dense_state, "SLICE_ENTRIES", 64)
+    monkeypatch.setattr(stored_module, "SLICE_ENTRIES", 64)
     largest = []
 
     class Watch(TorchDispatchMode):
@@ -107,7 +107,7 @@ def test_the_workspace_is_bounded_by_the_slice(monkeypatch):
 
 
 def test_many_small_tensors_are_widened_in_bounded_groups(monkeypatch):
-    monkeypatch.setattr(dense_state, "SLICE_ENTRIES", 100)
+    monkeypatch.setattr(stored_module, "SLICE_ENTRIES", 100)
     groups = []
 
     class Watched(AdamRule):

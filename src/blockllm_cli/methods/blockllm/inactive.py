@@ -1,4 +1,4 @@
-"""The rule without state for entries that have none: the sign of the gradient, or the gradient over its root mean square.
+"""The rule for entries without state: the sign of the gradient, or the gradient over its root mean square.
 
 Beyond the paper. Neither changes when the gradient is scaled, so clipping does not concern them, and they can be
 applied inside the backward pass.
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from blockllm_cli.gradients.clip import kept_norm
-from blockllm_cli.optim.dense_state import SLICE_ENTRIES
 from blockllm_cli.optim.entries import Entries
 from blockllm_cli.optim.precision import Precision
 from blockllm_cli.optim.rounding import StochasticRounder
+from blockllm_cli.optim.stored import SLICE_ENTRIES
 
 
 class InactiveRule:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from blockllm_cli.optim.selection import budget
+
 from blockllm_cli.errors import RecipeError
 from blockllm_cli.methods.blockllm.options import BlockLLMOptions
 from blockllm_cli.model.roles import layer_of, role_of
 from blockllm_cli.optim.blocks import Block, Piece, cut_blocks
-from blockllm_cli.optim.selection import budget
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -65,8 +66,8 @@ def lay_out(shapes: Shapes, options: BlockLLMOptions) -> Layout:
     if blocks and not whole and not any(_fits(block, entries, options) for block in blocks):
         smallest = min(blocks, key=lambda block: block.size)
         raise RecipeError(
-            f"method.sparsity = {options.sparsity:g}: the budget is {entries} of {candidates} entries, and the smallest "
-            f"block, {smallest.name}, has {smallest.size}; lower sparsity"
+            f"method.sparsity = {options.sparsity:g}: the budget is {entries} of {candidates} entries, and the "
+            f"smallest block, {smallest.name}, has {smallest.size}; lower sparsity"
             + ("" if options.mask == "entry" else ', or set mask = "entry"')
         )
     return Layout(
@@ -103,9 +104,7 @@ def _riders(shapes: Shapes, always: set[str], options: BlockLLMOptions) -> dict[
         if layer is None:
             riders[name] = frozenset({head})
         else:
-            riders[name] = frozenset(
-                other for other in shapes if layer_of(other) == layer and role_of(other) != "norm"
-            )
+            riders[name] = frozenset(other for other in shapes if layer_of(other) == layer and role_of(other) != "norm")
     return riders
 
 

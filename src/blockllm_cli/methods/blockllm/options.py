@@ -165,7 +165,9 @@ class BlockLLMOptions(MethodOptions):
         if self.mask == "none" and self.density != 1.0:
             raise ValueError('density has no effect with mask = "none"; set mask = "entry" or "row"')
         if self.inactive == "none" and self.inactive_scale != 1.0:
-            raise ValueError('inactive_scale has no effect with inactive = "none"; set inactive = "normalized" or "sign"')
+            raise ValueError(
+                'inactive_scale has no effect with inactive = "none"; set inactive = "normalized" or "sign"'
+            )
         if self.inactive == "none" and self.layerwise:
             raise ValueError(
                 'layerwise has no effect with inactive = "none": only that rule is applied in the backward pass'
