@@ -116,6 +116,11 @@ class Entries:
                 flat[start : start + _SLICE].index_copy_(0, part, values[done : done + part.numel()])
                 done += part.numel()
 
+    def to(self, device: torch.device) -> Entries:
+        """The same set with its index on `device`."""
+        index = None if self.index is None else self.index.to(device)
+        return Entries(self.shape, self.form, self.unit, index, self._chosen)
+
     def state(self) -> dict[str, Any]:
         """Plain values from which, with `index`, `restore` makes an equal object."""
         return {"shape": list(self.shape), "form": self.form, "unit": self.unit, "chosen": self._chosen}

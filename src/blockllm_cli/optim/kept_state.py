@@ -1,0 +1,330 @@
+"""The state of a rule over entries that change: moments, counters, master copies of what is trained now and no more.
+
+What is held of a piece is a list of records. A record has one step counter; entries of a piece that started at the same
+update share one record. Whole pieces are updated in place; of others the kept entries are gathered to a vector, updated
+by the same kernel, and scattered back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from blockllm_cli.errors import InputError
+from blockllm_cli.footprint import Category
+from blockllm_cli.optim.blocks import Piece
+from blockllm_cli.optim.entries import Entries, positions_within
+from blockllm_cli.optim.precision import Precision
+from blockllm_cli.optim.rules import DenseRule
+from blockllm_cli.optim.stored import Stored, StoredRule
+
+Policy = Literal["drop", "keep", "offload"]
+
+
+@dataclass
+class Record:
+    """Entries of one piece that started together.
+
+    Attributes:
+        piece: where they are.
+        serial: tells records apart; unique in a run.
+        entries: which they are.
+        slots: state by name, each 1-D (entries.count,); in host memory if the record is parked.
+        counter: updates since the start that they took part in.
+        master: fp32 copy of the entries, or None.
+    """
+
+    piece: Piece
+    serial: int
+    entries: Entries
+    slots: dict[str, Tensor]
+    counter: int = 0
+    master: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> str:
+        """`<piece>@<serial>`, also the key of the route that feeds it."""
+        return f"{self.piece.key}@{self.serial}"
+
+
+class KeptState:
+    """State of `rule` over records.
+
+    Args:
+        rule: what is done to each entry.
+        precision: dtypes of weights, gradients and state, and the rounding of bf16 writes.
+        seed: of stochastic rounding; draws are keyed by (seed, piece, update).
+        policy: what becomes of the state of entries that stop: it is dropped; the same, but entries that are wanted
+            again at once go on with theirs ("keep"); or it waits in host memory until they are ("offload"). With "drop"
+            every start is from zero.
+    """
+
+    def __init__(self, rule: DenseRule, precision: Precision, seed: int, policy: Policy = "drop") -> None:
+        self._rule = rule
+        self._precision = precision
+        self._policy = policy
+        self._stored_rule = StoredRule(rule, precision, seed)
+        self._weights: dict[str, Tensor] = {}
+        self.active: dict[str, list[Record]] = {}
+        self.parked: dict[str, list[Record]] = {}
+        self._records_made = 0
+
+    def attach(self, weights: Mapping[str, Tensor]) -> None:
+        """Take hold of `weights` by parameter name; `update` writes them. Nothing is allocated.
+
+        Raises:
+            ValueError: a weight is not contiguous, or not of the precision's dtype.
+        """
+        for name, weight in weights.items():
+            if weight.dtype != self._precision.weights or not weight.is_contiguous():
+                raise ValueError(f"{name} is {weight.dtype} with strides {weight.stride()}: not what the state is for")
+            self._weights[name] = weight.detach()
+
+    def weight(self, piece: Piece) -> Tensor:
+        """The weights of `piece`, a view."""
+        return piece.of(self._weights[piece.parameter])
+
+    def records(self) -> Iterator[Record]:
+        """The records that are trained, in the order in which their pieces became active."""
+        for records in self.active.values():
+            yield from records
+
+    def stop(self, keys: Iterable[str]) -> None:
+        """Stop training the pieces with these keys: their state is dropped, or parked with policy "offload"."""
+        for key in keys:
+            records = self.active.pop(key, [])
+            if self._policy == "offload":
+                self.parked.setdefault(key, []).extend(_to_host(record) for record in records)
+
+    def start(self, piece: Piece, entries: Entries) -> None:
+        """Train exactly `entries` of `piece` from the next update on.
+
+        With "drop" all start from zero. Else those whose state is held go on with it, and the others start; what is
+        held of the piece beyond `entries` is dropped ("keep") or parked ("offload").
+        """
+        held = self.active.pop(piece.key, [])
+        if self._policy == "drop":
+            held.clear()  # freed before anything is allocated
+            self.active[piece.key] = [self._new(piece, entries)]
+            return
+        held += self.parked.pop(piece.key, [])
+        if entries.is_all and len(held) == 1 and held[0].entries.is_all:
+            self.active[piece.key] = [self._back(held[0])]
+            return
+        self.active[piece.key] = list(self._divided(piece, entries, held))
+
+    def _divided(self, piece: Piece, entries: Entries, held: list[Record]) -> Iterator[Record]:
+        """Records that make up `entries`: parts of those in `held`, then a new one; the other parts stop."""
+        device = self.weight(piece).device
+        wanted = _positions(entries, device)
+        unknown = torch.ones_like(wanted, dtype=torch.bool)
+        while held:
+            record = held.pop(0)
+            mine = _positions(record.entries, device)
+            stays = positions_within(mine, wanted)
+            unknown &= ~positions_within(wanted, mine)
+            if self._policy == "offload" and not stays.all():
+                rest = self._part(record, mine, ~stays)
+                self.parked.setdefault(piece.key, []).append(_to_host(rest))
+            if stays.all():
+                yield self._back(record)
+            elif stays.any():
+                yield self._back(self._part(record, mine, stays))
+        if unknown.any():
+            yield self._new(piece, Entries.of(wanted[unknown], piece.shape))
+
+    def _new(self, piece: Piece, entries: Entries) -> Record:
+        weight = self.weight(piece)
+        slots = {
+            slot: torch.zeros(entries.count, dtype=self._precision.moments, device=weight.device)
+            for slot in self._rule.slots
+        }
+        return Record(piece, self._serial(), entries, slots, master=self._master(piece, entries))
+
+    def _serial(self) -> int:
+        self._records_made += 1
+        return self._records_made
+
+    def _master(self, piece: Piece, entries: Entries) -> Tensor | None:
+        if not self._precision.has_master:
+            return None
+        return entries.gather(self.weight(piece)).to(torch.float32, copy=True)
+
+    def _part(self, record: Record, positions: Tensor, chosen: Tensor) -> Record:
+        """The entries of `record` at `positions[chosen]`, copies."""
+        slots = {slot: values[chosen.to(values.device)] for slot, values in record.slots.items()}
+        master = None if record.master is None else record.master[chosen.to(record.master.device)]
+        entries = Entries.of(positions[chosen], record.piece.shape)
+        return Record(record.piece, self._serial(), entries, slots, record.counter, master)
+
+    def _back(self, record: Record) -> Record:
+        """The record on the weights' device, with a master copy; a parked one has none, for the weight may move."""
+        device = self.weight(record.piece).device
+        record.entries = record.entries.to(device)
+        record.slots = {slot: values.to(device) for slot, values in record.slots.items()}
+        if record.master is None:
+            record.master = self._master(record.piece, record.entries)
+        return record
+
+    @torch.no_grad()
+    def update(
+        self,
+        gradients: Mapping[str, Tensor],
+        rate_of: Callable[[str], float],
+        step: int,
+        *,
+        count_unchanged: bool = False,
+    ) -> Tensor | None:
+        """Apply the rule once to every record that has a gradient; the counters of these go on by one.
+
+        Args:
+            gradients: record key -> gradient of its entries, 1-D or in the piece's shape; may be overwritten.
+            rate_of: learning rate of a parameter.
+            step: number of the update, which keys the draws of stochastic rounding.
+            count_unchanged: compare bf16 weights with their former values.
+
+        Returns:
+            As `DenseState.update`.
+        """
+        groups: dict[tuple[float, int], list[Record]] = {}
+        for record in self.records():
+            if record.key in gradients:
+                record.counter += 1
+                groups.setdefault((rate_of(record.piece.parameter), record.counter), []).append(record)
+        changed: list[Tensor] = []
+        entries = 0
+        for (rate, counter), records in groups.items():
+            stored = [self._stored(record, gradients[record.key]) for record in records]
+            changed += self._stored_rule.apply(
+                stored, lr=rate, step=counter, draw=step, count_unchanged=count_unchanged
+            )
+            entries += sum(record.entries.count for record in records)
+            for record, each in zip(records, stored, strict=True):
+                if not record.entries.is_all:
+                    record.entries.scatter_(self.weight(record.piece), each.weight)
+        return 1.0 - torch.stack(changed).sum() / entries if changed else None
+
+    def _stored(self, record: Record, gradient: Tensor) -> Stored:
+        slots = tuple(record.slots[slot] for slot in self._rule.slots)
+        # Of whole pieces a view, which the rule writes; of others a vector that is scattered back afterwards.
+        weight = record.entries.gather(self.weight(record.piece))
+        name = record.piece.key if record.entries.is_all else record.key
+        return Stored(name, weight, gradient.reshape(-1), slots, record.master)
+
+    def held(self) -> Iterator[tuple[str, Category, Tensor]]:
+        """Every tensor of the state with a name of its own and its category."""
+        for what, group in (("", self.active), ("parked.", self.parked)):
+            for records in group.values():
+                for record in records:
+                    for slot, tensor in record.slots.items():
+                        yield f"{what}{record.key}.{slot}", "optimizer_state", tensor
+                    if record.entries.index is not None:
+                        yield f"{what}{record.key}.index", "indices", record.entries.index
+                    if record.master is not None:
+                        yield f"{what}{record.key}.master", "master_weights", record.master
+
+    @property
+    def first_moment_entries(self) -> int:
+        """Elements of the first state tensor of all records, parked ones too; 0 for a rule without state."""
+        if not self._rule.slots:
+            return 0
+        every = [*self.active.values(), *self.parked.values()]
+        return sum(record.entries.count for records in every for record in records)
+
+    def active_entries(self, keys: Iterable[str]) -> int:
+        """Entries trained of the pieces with these keys."""
+        return sum(record.entries.count for key in keys for record in self.active.get(key, []))
+
+    @property
+    def entries(self) -> int:
+        """Entries trained of all pieces."""
+        return self.active_entries(self.active)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors under the names of `held`, and `records`, the plain values that say what they are."""
+        described = [
+            {
+                "parameter": record.piece.parameter,
+                "shape": list(record.piece.shape),
+                "rows": list(record.piece.rows) if record.piece.rows else None,
+                "serial": record.serial,
+                "counter": record.counter,
+                "entries": record.entries.state(),
+                "parked": parked,
+            }
+            for parked, group in ((False, self.active), (True, self.parked))
+            for records in group.values()
+            for record in records
+        ]
+        made = {"records": described, "records_made": self._records_made}
+        return {**made, **{name: tensor for name, _, tensor in self.held()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put `state` back; the weights must be attached and are read for nothing but their device.
+
+        Raises:
+            InputError: a tensor is missing, unexpected, or not of the shape or dtype that the plain values speak of.
+        """
+        self.active.clear()
+        self.parked.clear()
+        self._records_made = state["records_made"]
+        remaining = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        for saved in state["records"]:
+            record = self._restored(saved, state)
+            group = self.parked if saved["parked"] else self.active
+            group.setdefault(record.piece.key, []).append(record)
+        missing = sorted(name for name, _, _ in self.held() if name not in remaining)
+        extra = sorted(remaining.keys() - {name for name, _, _ in self.held()})
+        if missing or extra:
+            raise InputError(_what_differs(missing, extra))
+
+    def _restored(self, saved: Mapping[str, Any], state: Mapping[str, Any]) -> Record:
+        rows = tuple(saved["rows"]) if saved["rows"] else None
+        piece = Piece(saved["parameter"], tuple(saved["shape"]), rows)
+        if piece.parameter not in self._weights or self.weight(piece).shape != piece.shape:
+            raise InputError(f"the state to load is of {piece.key} with shape {piece.shape}: the model has none such")
+        device = torch.device("cpu") if saved["parked"] else self.weight(piece).device
+        name = f"{'parked.' if saved['parked'] else ''}{piece.key}@{saved['serial']}"
+
+        def tensor(part: str) -> Tensor:
+            if f"{name}.{part}" not in state:
+                raise InputError(_what_differs([f"{name}.{part}"], []))
+            found: Tensor = state[f"{name}.{part}"]
+            return found.to(device, copy=True)
+
+        index = None if saved["entries"]["form"] == "none" else tensor("index")
+        entries = Entries.restore(saved["entries"], index)
+        slots = {slot: tensor(slot) for slot in self._rule.slots}
+        has_master = self._precision.has_master and not saved["parked"]
+        master = tensor("master") if has_master else None
+        wanted = [(slot, values, self._precision.moments) for slot, values in slots.items()]
+        if master is not None:
+            wanted.append(("master", master, torch.float32))
+        for part, values, dtype in wanted:
+            if values.shape != (entries.count,) or values.dtype != dtype:
+                raise InputError(
+                    f"{name}.{part}: the state to load is {tuple(values.shape)} {values.dtype}, the run needs "
+                    f"({entries.count},) {dtype}"
+                )
+        return Record(piece, saved["serial"], entries, slots, saved["counter"], master)
+
+
+def _what_differs(missing: list[str], extra: list[str]) -> str:
+    what = f"has no {missing[0]!r}" if missing else f"has {extra[0]!r}, which this method does not hold"
+    return f"the optimizer state to load {what} ({len(missing)} missing, {len(extra)} unexpected)"
+
+
+def _positions(entries: Entries, device: torch.device) -> Tensor:
+    return torch.arange(entries.count, device=device) if entries.is_all else entries.positions().to(device)
+
+
+def _to_host(record: Record) -> Record:
+    """The record with its state in host memory; a master copy is made anew when it comes back."""
+    record.slots = {slot: values.cpu() for slot, values in record.slots.items()}
+    record.entries = record.entries.to(torch.device("cpu"))
+    record.master = None
+    return record
