@@ -3,29 +3,48 @@
 A route is handed the gradient of each micro-batch the moment it exists and keeps what its rule needs. Every route that
 accumulates is linear, so what it holds after the last micro-batch does not depend on how the batch was cut. A parameter
 without a route is frozen: autograd makes no weight-gradient product for it and need not save that product's input.
+
+A parameter may have several routes. All but one read the gradient; a route that *consumes* it is fed last and owns the
+tensor from then on.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from blockllm_cli.optim.entries import Entries
+
+Wanted = slice | Tensor
+"""Rows of a matrix: contiguous ones, or their numbers (int64, ascending)."""
 
 
 class Route(ABC):
     """Keeps something of one parameter's gradient, summed over the micro-batches of a pass.
 
     Attributes:
+        consumes: whether `accept` keeps or overwrites the tensor it is handed.
         writes: whether `accept` writes weights, so that the loss has to be looked at before the backward pass.
     """
 
+    consumes: ClassVar[bool] = False
     writes: ClassVar[bool] = False
 
     @abstractmethod
     def accept(self, gradient: Tensor) -> None:
-        """Take the gradient of one micro-batch, in the parameter's shape and dtype; the route owns it from here on."""
+        """Take the gradient of one micro-batch, in the parameter's shape and dtype."""
+
+    def wanted_rows(self) -> Wanted | None:
+        """The rows that are all this route needs to see, which it then takes by `accept_rows`; None: it needs all."""
+        return None
+
+    def accept_rows(self, rows: Tensor) -> None:
+        """Take the wanted rows of the gradient of one micro-batch; the route owns the tensor from here on."""
+        raise NotImplementedError
 
     @abstractmethod
     def result(self) -> Tensor | None:
@@ -46,6 +65,8 @@ class Dense(Route):
             gradient of `cat`, say) comes as it is, and is copied here, so that the rest of the buffer is not held.
     """
 
+    consumes = True
+
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self._dtype = dtype
         self._sum: Tensor | None = None
@@ -64,4 +85,121 @@ class Dense(Route):
 
     def held_bytes(self) -> int:
         """Bytes of the accumulator."""
-        return 0 if self._sum is None else self._sum.untyped_storage().nbytes()
+        return _bytes(self._sum)
+
+
+class Gather(Route):
+    """Keeps the gradient of some entries only, summed, 1-D.
+
+    Args:
+        entries: which; if they are whole rows, only these rows' products need be made.
+        dtype: element type of the sum; None keeps that of the gradient.
+    """
+
+    def __init__(self, entries: Entries, dtype: torch.dtype | None = None) -> None:
+        self._entries = entries
+        self._rows = entries.wanted_rows()
+        self._dtype = dtype
+        self._sum: Tensor | None = None
+
+    def accept(self, gradient: Tensor) -> None:
+        """Add the kept entries of `gradient`."""
+        self._add(self._entries.gather(gradient))
+
+    def wanted_rows(self) -> Wanted | None:
+        """The kept rows, if whole rows are kept."""
+        return self._rows
+
+    def accept_rows(self, rows: Tensor) -> None:
+        """Add the kept rows."""
+        self._add(rows.reshape(-1))
+
+    def _add(self, kept: Tensor) -> None:
+        if self._sum is None:
+            self._sum = kept if self._dtype is None else kept.to(self._dtype)
+        else:
+            self._sum.add_(kept)
+
+    def result(self) -> Tensor | None:
+        """The summed gradient of the kept entries, 1-D (entries.count,), row-major."""
+        return self._sum
+
+    def held_bytes(self) -> int:
+        """Bytes of the kept entries' sum."""
+        return _bytes(self._sum)
+
+
+class Rows(Route):
+    """Shows only the rows from `start` to before `stop` to another route.
+
+    Args:
+        start: first row.
+        stop: the one after the last.
+        inner: is fed with these rows as if they were the whole parameter.
+    """
+
+    def __init__(self, start: int, stop: int, inner: Route) -> None:
+        self._rows = slice(start, stop)
+        self._inner = inner
+        self.writes = inner.writes  # type: ignore[misc]  # of the instance: it is that of the route within
+
+    def accept(self, gradient: Tensor) -> None:
+        """Hand the rows on. A route that consumes gets a copy, since other rows of the buffer may be others'."""
+        part = gradient[self._rows]
+        self._inner.accept(part.clone() if self._inner.consumes else part)
+
+    def wanted_rows(self) -> Wanted | None:
+        """The rows, or those of them that the route within wants."""
+        within = self._inner.wanted_rows()
+        if within is None:
+            return self._rows
+        if isinstance(within, slice):
+            return slice(self._rows.start + within.start, self._rows.start + within.stop)
+        return within + self._rows.start
+
+    def accept_rows(self, rows: Tensor) -> None:
+        """Hand the wanted rows on."""
+        if self._inner.wanted_rows() is None:
+            self._inner.accept(rows)
+        else:
+            self._inner.accept_rows(rows)
+
+    def result(self) -> Tensor | None:
+        """The result of the route within."""
+        return self._inner.result()
+
+    def held_bytes(self) -> int:
+        """Bytes that the route within holds."""
+        return self._inner.held_bytes()
+
+
+class Layerwise(Route):
+    """Keeps nothing: an update is made inside the backward pass. For one micro-batch per update only.
+
+    Args:
+        write: is handed the gradient, which it may overwrite, when nothing in the backward pass needs the weight any
+            more.
+    """
+
+    consumes = True
+    writes = True
+
+    def __init__(self, write: Callable[[Tensor], None]) -> None:
+        self._write = write
+
+    @torch.no_grad()
+    def accept(self, gradient: Tensor) -> None:
+        """Make the update."""
+        self._write(gradient)
+
+    def result(self) -> None:
+        """Nothing is kept."""
+        return
+
+    def held_bytes(self) -> int:
+        """Nothing is kept."""
+        return 0
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.untyped_storage().nbytes()

@@ -117,9 +117,9 @@ class Patience:
 
     def cause(self) -> Cause | None:
         """Why a selection is due, or None."""
-        if len(self.newest) == self.window and self.updates >= self.min_interval:
-            if self.newest[-1] >= math.fsum(self.newest) / self.window:
-                return "patience"
+        is_full = len(self.newest) == self.window and self.updates >= self.min_interval
+        if is_full and self.newest[-1] >= math.fsum(self.newest) / self.window:
+            return "patience"
         return "max_interval" if 0 < self.max_interval <= self.updates else None
 
     def note(self, loss: float) -> None:
