@@ -12,15 +12,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from blockllm_cli.model.linears import Wanted
 from blockllm_cli.optim.entries import Entries
-
-Wanted = slice | Tensor
-"""Rows of a matrix: contiguous ones, or their numbers (int64, ascending)."""
 
 
 class Route(ABC):
@@ -31,8 +28,8 @@ class Route(ABC):
         writes: whether `accept` writes weights, so that the loss has to be looked at before the backward pass.
     """
 
-    consumes: ClassVar[bool] = False
-    writes: ClassVar[bool] = False
+    consumes: bool = False
+    writes: bool = False
 
     @abstractmethod
     def accept(self, gradient: Tensor) -> None:
@@ -141,7 +138,7 @@ class Rows(Route):
     def __init__(self, start: int, stop: int, inner: Route) -> None:
         self._rows = slice(start, stop)
         self._inner = inner
-        self.writes = inner.writes  # type: ignore[misc]  # of the instance: it is that of the route within
+        self.writes = inner.writes
 
     def accept(self, gradient: Tensor) -> None:
         """Hand the rows on. A route that consumes gets a copy, since other rows of the buffer may be others'."""

@@ -1,12 +1,13 @@
-"""A sketch of a gradient, from which its norm can be estimated: bucketed sums with random signs.
+"""An estimate of a gradient's norm from sums of its entries with random signs, a few kilobytes per parameter.
 
-Entry i of the flattened piece is added with sign h(seed, key, i) to bucket i mod size. The map is linear, so sketches
-of micro-batches add up to that of the batch; the expected square of its norm is that of the gradient's, and the
-relative error of the norm is 1 / sqrt(2 size) (Charikar, Chen and Farach-Colton 2002; Alon, Matias and Szegedy 1996).
+This is AMS's estimator in its bucketed form (Alon, Matias, Szegedy 1996; Charikar, Chen, Farach-Colton 2002): entry i
+is added with a random sign to bucket i mod `size`. Products of different entries of a bucket cancel on average, so the
+sum of the squared buckets has the squared norm as its mean, and the relative error of the norm is 1 / sqrt(2 size) for
+a gradient whose weight is spread over the buckets. The sums are linear, so micro-batches add up.
 
-The hash: each bucket and each row of `size` entries has a random odd 32-bit number, and the sign of an entry is the top
-bit of the product of its two. So the signs are made by one multiplication an entry, alike on every device and for any
-part of the piece.
+The hash is a multiplication: write i = r * size + j; the sign of entry i is the top bit of a_r * b_j mod 2**32 with
+random odd a_r and b_j. That costs one integer product per entry and no memory per entry, and unlike a product of two
+signs it has no pattern that several rows and buckets share.
 """
 
 from __future__ import annotations
@@ -19,82 +20,104 @@ from torch import Tensor
 
 from blockllm_cli.gradients.routes import Route
 
-SIZE = 1021
-"""Buckets by default: relative error 2.2 %. A prime, so that no column of a matrix falls into few buckets: with 1024,
-a gradient that lives in one column of a 1024-wide matrix is off by 59 %, with 1021 by 2 % (measured)."""
+_CPU_SLICE = 2**16
+"""Entries that are worked on together on the CPU: 256 KiB for the signs and as much for widened values, in the cache"""
 
-SIGN_BIT = -(2**31)
-_ROWS_BYTES = 2**19
-"""Signs are made and used for parts of this many bytes, which stay in the cache."""
+_DEVICE_SLICE = 2**24
+"""The same elsewhere, where only the 64 MiB of workspace are a concern."""
 
-
-def odd_numbers(seed: int, key: str, what: str, count: int) -> Tensor:
-    """`count` odd numbers of 32 bits that depend on the arguments alone; the first ones do not depend on `count`."""
-    digest = hashlib.blake2b(f"{seed}/{key}/{what}".encode(), digest_size=16).digest()
-    draws = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-    numbers = draws.integers(0, 2**32, size=count, dtype=np.uint32) | np.uint32(1)
-    return torch.from_numpy(numbers.view(np.int32))
-
-
-def signs(seed: int, key: str, numel: int, size: int) -> Tensor:
-    """The signs of all entries of a piece, int8 (numel,) of +1 and -1: what the sketch uses, written plainly."""
-    rows = -(-numel // size)
-    product = odd_numbers(seed, key, "row", rows).unsqueeze(1) * odd_numbers(seed, key, "bucket", size)
-    return torch.where(product < 0, -1, 1).to(torch.int8).view(-1)[:numel]
+_TOP_BIT = -(2**31)
 
 
 class Sketch(Route):
-    """Keeps `size` bucketed sums of one piece's gradient, fp32.
+    """Keeps `size` sums of entries with random signs, in fp32; see the module.
+
+    A gradient of at most `size` entries is alone in its buckets, and its norm exact. Entries beyond fp32's range and
+    precision (float64 gradients) are rounded to it.
 
     Args:
-        size: buckets.
-        seed: of the signs.
-        key: names the piece, for the signs.
+        size: number of buckets. Let it have no factor in common with the length of the gradient's rows: else the
+            entries of one column share few buckets, and a gradient that is large in a few columns is estimated badly.
+        seed: with `key` it says which signs; the same on every device.
+        key: name of what is sketched.
+
+    Raises:
+        ValueError: `size` is not positive.
     """
 
     def __init__(self, size: int, seed: int, key: str) -> None:
+        if size < 1:
+            raise ValueError(f"a sketch needs at least one bucket, not {size}")
         self._size = size
         self._seed = seed
         self._key = key
-        self._buckets: Tensor | None = None
+        self._sums: Tensor | None = None
+        self._row_factors: Tensor | None = None
+        self._bucket_factors: Tensor | None = None
 
     @torch.no_grad()
     def accept(self, gradient: Tensor) -> None:
-        """Add the buckets of `gradient` (any shape, fp32 or bf16), which is read only."""
+        """Add the entries of `gradient` (any shape, row-major) to their buckets; it is neither kept nor changed."""
         flat = gradient.reshape(-1)
-        if self._buckets is None:
-            self._buckets = torch.zeros(self._size, dtype=torch.float32, device=flat.device)
-        rows = -(-flat.numel() // self._size)
-        of_rows = odd_numbers(self._seed, self._key, "row", rows).to(flat.device)
-        of_buckets = odd_numbers(self._seed, self._key, "bucket", self._size).to(flat.device)
-        at_once = max(1, _ROWS_BYTES // (4 * self._size)) if flat.device.type == "cpu" else rows
-        for start in range(0, rows, at_once):
-            part = flat[start * self._size : (start + at_once) * self._size]
-            self._add(part, of_rows[start : start + at_once], of_buckets)
+        if self._sums is None:
+            self._sums = torch.zeros(min(self._size, flat.numel()), dtype=torch.float32, device=flat.device)
+            rows, buckets = _factors(self._seed, self._key, flat.numel(), self._size)
+            self._row_factors, self._bucket_factors = rows.to(flat.device), buckets.to(flat.device)
+        assert self._row_factors is not None
+        whole = flat.numel() // self._size
+        entries = _CPU_SLICE if flat.device.type == "cpu" else _DEVICE_SLICE
+        body = flat[: whole * self._size].view(whole, self._size)
+        step = max(1, entries // self._size)
+        for start in range(0, whole, step):
+            part = slice(start, min(start + step, whole))
+            self._add(body[part], self._row_factors[part])
+        if whole * self._size < flat.numel():
+            self._add(flat[whole * self._size :].unsqueeze(0), self._row_factors[whole:])
 
-    def _add(self, part: Tensor, of_rows: Tensor, of_buckets: Tensor) -> None:
-        assert self._buckets is not None
-        whole = part.numel() // self._size
-        for values, numbers in (
-            (part[: whole * self._size].view(whole, self._size), of_rows[:whole]),
-            (part[whole * self._size :].view(1, -1), of_rows[whole:]),
-        ):
-            if values.numel() == 0:
-                continue
-            flips = (numbers.unsqueeze(1) * of_buckets[: values.shape[1]]).bitwise_and_(SIGN_BIT)
-            # The top bit of an fp32 number is its sign.
-            flipped = flips.bitwise_xor_(values.float().view(torch.int32)).view(torch.float32)
-            self._buckets[: values.shape[1]] += flipped.sum(0)
+    def _add(self, values: Tensor, row_factors: Tensor) -> None:
+        """Add up `values` (rows, columns) along rows, with signs; columns are the first buckets."""
+        assert self._sums is not None
+        assert self._bucket_factors is not None
+        columns = values.shape[1]
+        signed = row_factors.unsqueeze(1) * self._bucket_factors[:columns]
+        # The top bit of the product goes onto the sign bit of the fp32 value: exact, and no branch.
+        signed.bitwise_and_(_TOP_BIT).bitwise_xor_(values.float().view(torch.int32))
+        self._sums[:columns].add_(signed.view(torch.float32).sum(0))
 
     def result(self) -> Tensor | None:
-        """The buckets, fp32 (size,)."""
-        return self._buckets
+        """The sums: fp32, 1-D, as many as buckets, or as entries if those are fewer."""
+        return self._sums
 
     def held_bytes(self) -> int:
-        """Bytes of the buckets."""
-        return 0 if self._buckets is None else self._buckets.untyped_storage().nbytes()
+        """Bytes of the sums and of the hash's factors: 4 per bucket twice, and 4 per `size` entries."""
+        tensors = (self._sums, self._row_factors, self._bucket_factors)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def norm_squared(self) -> Tensor:
+        """Estimate of the squared Euclidean norm of the summed gradient, a float64 scalar on its device.
+
+        Without a gradient it is 0, on the CPU. A non-finite entry makes it non-finite.
+        """
+        if self._sums is None:
+            return torch.zeros((), dtype=torch.float64)
+        return self._sums.double().square_().sum()
 
 
-def sketched_norm_squared(buckets: Tensor) -> Tensor:
-    """Estimate of the squared norm behind a sketch, float64 scalar on its device."""
-    return buckets.double().square().sum()
+def signs(seed: int, key: str, numel: int, size: int) -> Tensor:
+    """The sign of each entry, 1 or -1, int8 (numel,): what `Sketch` multiplies by, made for all entries at once."""
+    rows, buckets = _factors(seed, key, numel, size)
+    products = (rows.unsqueeze(1) * buckets).view(-1)[:numel]
+    return torch.where(products < 0, -1, 1).to(torch.int8)
+
+
+def _factors(seed: int, key: str, numel: int, size: int) -> tuple[Tensor, Tensor]:
+    """Random odd int32 per row of `size` entries, (ceil(numel / size),), and per bucket, (size,), on the CPU.
+
+    The raw stream of Philox (Salmon et al. 2011) is the same with every version of NumPy.
+    """
+    rows = -(-numel // size)
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
+    source = np.random.Philox(key=int.from_bytes(digest, "little"))
+    words = source.random_raw((rows + size + 1) // 2).astype("<u8").view("<u4") | 1
+    factors = torch.from_numpy(words.view(np.int32).copy())
+    return factors[size : size + rows], factors[:size]

@@ -17,6 +17,7 @@ from blockllm_cli.model.attention import attend, attention_mask
 from blockllm_cli.model.batch import Batch
 from blockllm_cli.model.config import LlamaConfig
 from blockllm_cli.model.elementwise import gated_silu, rms_norm
+from blockllm_cli.model.linears import Linear
 from blockllm_cli.model.loss import chunked_nll, token_nll
 from blockllm_cli.model.roles import role_of
 from blockllm_cli.model.rotary import Rotary, Turn, turned
@@ -42,10 +43,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         key_value = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_value, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_value, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, key_value)
+        self.v_proj = Linear(config.hidden_size, key_value)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, turn: Turn, mask: Tensor | None) -> Tensor:
         """Attend within `x` (B, L, D); `mask` as `attention_mask` makes it."""
@@ -64,9 +65,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position of `x` (B, L, D)."""
@@ -130,9 +131,7 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config, checkpoint_activations=checkpoint_activations)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -145,7 +144,8 @@ class LlamaForCausalLM(nn.Module):
 
     def loss(self, batch: Batch, *, scale: float) -> tuple[Tensor, Tensor]:
         """`scale` times the negative log likelihood of the batch's targets, and its sum; see `chunked_nll`."""
-        return chunked_nll(self._target_states(batch), self.head_weight, batch.targets, scale=scale)
+        feeds = () if self.lm_head is None else self.lm_head.feeds
+        return chunked_nll(self._target_states(batch), self.head_weight, batch.targets, scale=scale, feeds=feeds)
 
     @torch.inference_mode()
     def row_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ Letters: N tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from blockllm_cli.model.head_sum import HeadSum, add_chunk, cached_rows
+from blockllm_cli.model.linears import Feed, Wanted
+
 CHUNK_BYTES = 32 * 2**20
 """Aim for the logits of one chunk, in bytes of the product's dtype; `bench/loss.py` has the measurements."""
-
-_CACHE_BYTES = 2**20
-"""On CPU the fp32 softmax works on groups of rows of this size, which stay in a core's second-level cache."""
 
 
 def chunk_tokens(vocab_size: int, element_bytes: int) -> int:
@@ -30,7 +30,13 @@ def chunk_tokens(vocab_size: int, element_bytes: int) -> int:
 
 
 def chunked_nll(
-    hidden: Tensor, head: Tensor, targets: Tensor, *, scale: float, chunk: int | None = None
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    *,
+    scale: float,
+    chunk: int | None = None,
+    feeds: Sequence[Feed] = (),
 ) -> tuple[Tensor, Tensor]:
     """Scaled sum of the negative log likelihoods, to be differentiated once, and the plain sum.
 
@@ -43,13 +49,15 @@ def chunked_nll(
         targets: (N,) int64.
         scale: factor of the first result, such as 1 / target tokens of the whole batch.
         chunk: tokens per chunk; by default as many as `chunk_tokens` says.
+        feeds: if given, they get the rows of the head's gradient that they want, in the backward pass, and autograd
+            gets none; the head has to require a gradient.
 
     Returns:
         `scale` times the sum (fp32 scalar, differentiable) and the sum (float64 scalar of the fp32 token losses,
         detached).
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
-        loss, total = _ChunkedNLL.apply(hidden, head, targets, scale, chunk)  # type: ignore[no-untyped-call]
+        loss, total = _ChunkedNLL.apply(hidden, head, targets, scale, chunk, feeds)  # type: ignore[no-untyped-call]
         return loss, total
     total = token_nll(hidden, head, targets, chunk).sum(dtype=torch.float64)
     return (total * scale).float(), total
@@ -69,14 +77,21 @@ class _ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, scale: float, chunk: int | None
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        scale: float,
+        chunk: int | None,
+        feeds: Sequence[Feed],
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        losses, hidden_gradient, head_sum = _with_gradients(
-            hidden, head, targets, scale, chunk, needs_hidden=needs_hidden, needs_head=needs_head
+        wanted = [feed.wanted_rows() for feed in feeds] if feeds else [None] if needs_head else []
+        losses, hidden_gradient, head_gradients = _with_gradients(
+            hidden, head, targets, scale, chunk, needs_hidden=needs_hidden, wanted=wanted
         )
-        head_gradient = None if head_sum is None else head_sum.to(head.dtype)
-        ctx.gradients = (hidden_gradient, head_gradient)
+        ctx.gradients = (hidden_gradient, [gradient.to(head.dtype) for gradient in head_gradients])
+        ctx.feeds = feeds
         total = losses.sum(dtype=torch.float64)
         ctx.mark_non_differentiable(total)
         return (total * scale).float(), total
@@ -87,14 +102,17 @@ class _ChunkedNLL(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of chunked_nll are handed out once; call it again for a second backward")
         # The context lets go of the buffers, so that autograd can make them `parameter.grad` without a copy.
-        hidden_gradient, head_gradient = ctx.gradients
+        hidden_gradient, head_gradients = ctx.gradients
         ctx.gradients = None
         # Reading the factor costs nothing on CPU; elsewhere it would wait for the device, so it is multiplied in.
         if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
-            for gradient in (hidden_gradient, head_gradient):
+            for gradient in (hidden_gradient, *head_gradients):
                 if gradient is not None:
                     gradient.mul_(grad_loss)
-        return hidden_gradient, head_gradient, None, None, None
+        for feed in ctx.feeds:
+            feed.accept_rows(head_gradients.pop(0))
+        head_gradient = head_gradients.pop() if head_gradients else None
+        return hidden_gradient, head_gradient, None, None, None, None
 
 
 def _with_gradients(
@@ -105,29 +123,22 @@ def _with_gradients(
     chunk: int | None,
     *,
     needs_hidden: bool,
-    needs_head: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Token losses (N,) fp32, and the gradients of their scaled sum: of `hidden`, and of `head`.
-
-    The head's is summed over chunks in fp32 and returned so; that of a single chunk has the head's dtype.
-    """
+    wanted: Sequence[Wanted | None],
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Token losses (N,) fp32, and the gradients of their scaled sum: of `hidden`, and of each part of `head` wanted."""
     parts = _chunks(hidden, head, chunk)
     losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
     hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-    head_sum = torch.zeros_like(head) if needs_head and not parts else None
+    sums = [HeadSum(head, rows, num_chunks=len(parts)) for rows in wanted]
     scratch = hidden.new_empty(max((part.stop - part.start for part in parts), default=0), head.shape[0])
     for part in parts:
         logits = torch.mm(hidden[part], head.t(), out=scratch[: part.stop - part.start])
         _log_softmax_step(logits, targets[part], losses[part], gradient_scale=scale)
         if hidden_gradient is not None:
             torch.mm(logits, head, out=hidden_gradient[part])
-        if needs_head and len(parts) == 1:
-            head_sum = logits.t() @ hidden
-        elif needs_head:
-            if head_sum is None:
-                head_sum = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
-            _add_product(head_sum, logits, hidden[part], targets[part], losses[part], scale)
-    return losses, hidden_gradient, head_sum
+        if sums:
+            add_chunk(sums, logits, hidden[part], targets[part], losses[part], scale)
+    return losses, hidden_gradient, [each.result() for each in sums]
 
 
 def _chunks(hidden: Tensor, head: Tensor, chunk: int | None) -> list[slice]:
@@ -139,42 +150,6 @@ def _chunks(hidden: Tensor, head: Tensor, chunk: int | None) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(bounds)]
 
 
-def _add_product(
-    total: Tensor, gradient: Tensor, hidden: Tensor, targets: Tensor, losses: Tensor, scale: float
-) -> None:
-    """Add one chunk's gradient^T hidden to `total` (V, D) fp32; `gradient` (n, V) is overwritten."""
-    if gradient.dtype == torch.float32:
-        torch.addmm(total, gradient.t(), hidden, out=total)
-        return
-    _split_off_targets(total, gradient, hidden, targets, losses, scale)
-    # Rounded products are added while they are in the cache; adding the whole product took as long as making it.
-    rows = _cached_rows(hidden.shape[1], gradient)
-    for start in range(0, total.shape[0], rows):
-        total[start : start + rows].add_(gradient[:, start : start + rows].t() @ hidden)
-
-
-def _split_off_targets(
-    total: Tensor, gradient: Tensor, hidden: Tensor, targets: Tensor, losses: Tensor, scale: float
-) -> None:
-    """Take the -1 of unlikely targets out of `gradient` (n, V) and add its share to `total` (V, D) in fp32.
-
-    The entries softmax - 1 are by far the largest, and rounding them and their products to bf16, chunk by chunk, would
-    put the sum further from the truth than one product over all tokens is (measured: 2.4e-3 against 1.7e-3; so it is
-    1.7e-3). Where the softmax is 1/2 or more, softmax - 1 is the smaller number and stays.
-    """
-    likelihoods = losses.neg().exp()
-    ones = (likelihoods < 0.5).float()
-    # Assigned by index: `scatter_` would go through an fp32 copy of all of `gradient`.
-    rows = torch.arange(targets.numel(), device=targets.device)
-    gradient[rows, targets] = ((likelihoods + ones - 1) * scale).to(gradient.dtype)
-    total.index_add_(0, targets, hidden * (ones * -scale).unsqueeze(1))
-
-
-def _cached_rows(columns: int, like: Tensor) -> int:
-    """Rows of `columns` fp32 values that are worked on together: as many as the cache holds on CPU, else all."""
-    return max(1, _CACHE_BYTES // (4 * columns)) if like.device.type == "cpu" else sys.maxsize
-
-
 def _log_softmax_step(logits: Tensor, targets: Tensor, losses: Tensor, *, gradient_scale: float | None) -> None:
     """Write the token losses of one chunk; with `gradient_scale`, replace `logits` by the gradient of the scaled sum.
 
@@ -184,7 +159,7 @@ def _log_softmax_step(logits: Tensor, targets: Tensor, losses: Tensor, *, gradie
         losses: (n,) fp32, written.
         gradient_scale: factor of softmax - onehot; None leaves undefined values in `logits`.
     """
-    rows = _cached_rows(logits.shape[1], logits)
+    rows = cached_rows(logits.shape[1], logits)
     for start in range(0, logits.shape[0], rows):
         part = slice(start, start + rows)
         values = logits[part].float()  # the logits themselves if they are fp32

@@ -1,0 +1,73 @@
+"""Linear layers that can hand the gradient of their weight to others, row by row, instead of leaving it to autograd.
+
+The usual way of taking a weight's gradient is a hook that fires when autograd has made it. A layer whose `feeds` are
+set makes it itself in the backward pass, and only the rows that are wanted: a tenth of the rows costs a tenth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Wanted = slice | Tensor
+"""Rows of a matrix: contiguous ones, or their numbers (int64, ascending)."""
+
+
+class Feed(Protocol):
+    """What takes rows of a weight's gradient."""
+
+    def wanted_rows(self) -> Wanted | None:
+        """Which rows; a feed always names some."""
+
+    def accept_rows(self, rows: Tensor) -> None:
+        """Take these rows of the gradient of one backward pass; the tensor is the feed's from here on."""
+
+
+class Linear(nn.Linear):
+    """x W^T without bias.
+
+    Attributes:
+        feeds: set for the length of a pass, they get the gradient of the weight, which autograd then does not make; the
+            weight has to require a gradient. Empty: as any linear layer.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.feeds: tuple[Feed, ...] = ()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to the last dimension of `input`."""
+        if self.feeds and torch.is_grad_enabled():
+            return cast(Tensor, _FedLinear.apply(input, self.weight, self.feeds))  # type: ignore[no-untyped-call]
+        return F.linear(input, self.weight)
+
+
+class _FedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, feeds: Sequence[Feed]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.feeds = feeds
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        # The weight is done with before a feed sees its gradient: the feed may write it.
+        x_gradient = gradient @ weight if ctx.needs_input_grad[0] else None
+        columns, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
+        for feed in ctx.feeds:
+            feed.accept_rows(pick_columns(columns, feed.wanted_rows()).t() @ inputs)
+        return x_gradient, None, None
+
+
+def pick_columns(matrix: Tensor, wanted: Wanted | None) -> Tensor:
+    """The wanted columns of `matrix`; a view where they are contiguous, all if None."""
+    if wanted is None:
+        return matrix
+    return matrix[:, wanted] if isinstance(wanted, slice) else matrix.index_select(1, wanted)
