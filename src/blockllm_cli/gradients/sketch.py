@@ -20,8 +20,12 @@ from torch import Tensor
 
 from blockllm_cli.gradients.routes import Route
 
-_CPU_SLICE = 2**16
-"""Entries that are worked on together on the CPU: 256 KiB for the signs and as much for widened values, in the cache"""
+SIZE = 1021
+"""Buckets by default, for a relative error of 2.2 %. A prime, so that no column of a matrix falls into few buckets: of a
+gradient that lives in one column of a 1024-wide matrix the norm is off by 62 % with 1024, by 0.1 % with 1021 (measured)."""
+
+_CPU_SLICE = 2**17
+"""Entries that are worked on together on the CPU: 512 KiB of signs, as much of widened values, in the cache."""
 
 _DEVICE_SLICE = 2**24
 """The same elsewhere, where only the 64 MiB of workspace are a concern."""
@@ -36,8 +40,7 @@ class Sketch(Route):
     precision (float64 gradients) are rounded to it.
 
     Args:
-        size: number of buckets. Let it have no factor in common with the length of the gradient's rows: else the
-            entries of one column share few buckets, and a gradient that is large in a few columns is estimated badly.
+        size: number of buckets; it should have no factor in common with the length of the gradient's rows.
         seed: with `key` it says which signs; the same on every device.
         key: name of what is sketched.
 
@@ -60,7 +63,7 @@ class Sketch(Route):
         """Add the entries of `gradient` (any shape, row-major) to their buckets; it is neither kept nor changed."""
         flat = gradient.reshape(-1)
         if self._sums is None:
-            self._sums = torch.zeros(min(self._size, flat.numel()), dtype=torch.float32, device=flat.device)
+            self._sums = torch.zeros(self._size, dtype=torch.float32, device=flat.device)
             rows, buckets = _factors(self._seed, self._key, flat.numel(), self._size)
             self._row_factors, self._bucket_factors = rows.to(flat.device), buckets.to(flat.device)
         assert self._row_factors is not None
@@ -85,7 +88,7 @@ class Sketch(Route):
         self._sums[:columns].add_(signed.view(torch.float32).sum(0))
 
     def result(self) -> Tensor | None:
-        """The sums: fp32, 1-D, as many as buckets, or as entries if those are fewer."""
+        """The sums, fp32 (size,)."""
         return self._sums
 
     def held_bytes(self) -> int:
@@ -94,13 +97,16 @@ class Sketch(Route):
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def norm_squared(self) -> Tensor:
-        """Estimate of the squared Euclidean norm of the summed gradient, a float64 scalar on its device.
+        """As `sketched_norm_squared` of the result; 0, on the CPU, without a gradient."""
+        return torch.zeros((), dtype=torch.float64) if self._sums is None else sketched_norm_squared(self._sums)
 
-        Without a gradient it is 0, on the CPU. A non-finite entry makes it non-finite.
-        """
-        if self._sums is None:
-            return torch.zeros((), dtype=torch.float64)
-        return self._sums.double().square_().sum()
+
+def sketched_norm_squared(sums: Tensor) -> Tensor:
+    """Estimate of the squared Euclidean norm behind the result of a `Sketch`, a float64 scalar on its device.
+
+    A non-finite entry of the gradient makes it non-finite.
+    """
+    return sums.double().square().sum()
 
 
 def signs(seed: int, key: str, numel: int, size: int) -> Tensor:
