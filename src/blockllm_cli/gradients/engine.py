@@ -9,15 +9,17 @@ product for them and saves no input of theirs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from blockllm_cli.gradients.routes import Route
-from blockllm_cli.model.linears import Linear
+from blockllm_cli.model.linears import Feed, Linear, Wanted
 
 
 @contextmanager
@@ -33,14 +35,16 @@ def routed(
     Args:
         model: any; the layers that can feed by themselves are `Linear`.
         routes: keyed by parameter name, or by `<parameter>@<anything>` for one of several routes of a parameter.
-        feeding: "hook" feeds every parameter by a hook; the results are the same to rounding.
+        feeding: "hook" feeds every parameter by a hook; the results are the same to rounding. With "auto", a weight that
+            writing routes are fed with by its layer may be used once in a forward pass.
 
     Raises:
         KeyError: a route names a parameter that the model does not have.
-        ValueError: two routes of one parameter want its gradient for themselves.
+        ValueError: two routes would consume the same row of a parameter's gradient, or one wants rows that are not there.
     """
     parameters = dict(model.named_parameters())
     by_parameter = _by_parameter(routes, parameters)
+    own_layers = _layers(model) if feeding == "auto" else {}
     before = {name: parameter.requires_grad for name, parameter in parameters.items()}
     handles: list[RemovableHandle] = []
     layers: list[Linear] = []
@@ -49,11 +53,11 @@ def routed(
             mine = by_parameter.get(name, [])
             parameter.grad = None
             parameter.requires_grad_(bool(mine))
-            layer = _layer(model, name) if feeding == "auto" else None
             if not mine:
                 continue
-            if layer is not None and all(route.wanted_rows() is not None for route in mine):
-                layer.feeds = tuple(mine)
+            layer, feeds = own_layers.get(parameter), _feeds(mine)
+            if layer is not None and feeds:
+                layer.feeds = feeds
                 layers.append(layer)
             else:
                 register = parameter.register_post_accumulate_grad_hook  # untyped in torch
@@ -70,7 +74,7 @@ def routed(
 
 
 def _by_parameter(routes: Mapping[str, Route], parameters: Mapping[str, Tensor]) -> dict[str, list[Route]]:
-    """The routes of each parameter, one that consumes the gradient last."""
+    """The routes of each parameter, those that consume the gradient last."""
     found: dict[str, list[Route]] = {}
     for key, route in routes.items():
         name = key.partition("@")[0]
@@ -78,17 +82,63 @@ def _by_parameter(routes: Mapping[str, Route], parameters: Mapping[str, Tensor])
             raise KeyError(f"a route names {name!r}, which is no parameter of the model")
         found.setdefault(name, []).append(route)
     for name, mine in found.items():
-        if sum(route.consumes for route in mine) > 1:
-            raise ValueError(f"two routes of {name} want its gradient for themselves")
         mine.sort(key=lambda route: route.consumes)
+        _check(name, len(parameters[name]), mine)
     return found
 
 
-def _layer(model: nn.Module, name: str) -> Linear | None:
-    """The layer that can make the gradient of the parameter `name` itself, or None."""
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    return module if isinstance(module, Linear) and attribute == "weight" else None
+def _check(name: str, rows: int, routes: Sequence[Route]) -> None:
+    consumed = []
+    for route in routes:
+        wanted = route.wanted_rows()
+        if isinstance(wanted, slice) and wanted.stop > rows:
+            raise ValueError(f"a route wants rows {wanted.start} to {wanted.stop} of {name}, which has {rows}")
+        if route.consumes:
+            consumed.append((wanted.start, wanted.stop) if isinstance(wanted, slice) else (0, rows))
+    consumed.sort()
+    if any(start < stop for (_, stop), (start, _) in pairwise(consumed)):
+        raise ValueError(f"two routes of {name} want the same rows of its gradient for themselves")
+
+
+def _layers(model: nn.Module) -> dict[nn.Parameter, Linear]:
+    """The layer of each weight that belongs to a `Linear` and to no other module."""
+    uses = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
+    return {
+        module.weight: module for module in model.modules() if isinstance(module, Linear) and uses[module.weight] == 1
+    }
+
+
+class _SharedRows:
+    """A feed for all routes that want the same contiguous rows, whose product is so made once."""
+
+    def __init__(self, rows: slice) -> None:
+        self._rows = rows
+        self.routes: list[Route] = []
+
+    def wanted_rows(self) -> Wanted:
+        return self._rows
+
+    def accept_rows(self, rows: Tensor) -> None:
+        for route in self.routes:
+            route.accept_rows(rows)
+
+
+def _feeds(routes: Sequence[Route]) -> tuple[Feed, ...]:
+    """What a layer feeds instead of `routes`; nothing if one of these wants the whole gradient."""
+    feeds: list[Feed] = []
+    shared: dict[tuple[int, int], _SharedRows] = {}
+    for route in routes:
+        wanted = route.wanted_rows()
+        if wanted is None:
+            return ()
+        if not isinstance(wanted, slice):
+            feeds.append(route)
+            continue
+        bounds = (wanted.start, wanted.stop)
+        if bounds not in shared:
+            shared[bounds] = _SharedRows(wanted)
+        shared[bounds].routes.append(route)
+    return (*feeds, *shared.values())
 
 
 def _feeder(routes: Sequence[Route]) -> Callable[[Tensor], None]:

@@ -4,8 +4,8 @@ A route is handed the gradient of each micro-batch the moment it exists and keep
 accumulates is linear, so what it holds after the last micro-batch does not depend on how the batch was cut. A parameter
 without a route is frozen: autograd makes no weight-gradient product for it and need not save that product's input.
 
-A parameter may have several routes. All but one read the gradient; a route that *consumes* it is fed last and owns the
-tensor from then on.
+A parameter may have several routes. Most read the gradient and copy what they keep; a route that *consumes* it, or some
+rows of it, is fed after these and owns them from then on, so no two routes may consume the same row.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Route(ABC):
         return None
 
     def accept_rows(self, rows: Tensor) -> None:
-        """Take the wanted rows of the gradient of one micro-batch; the route owns the tensor from here on."""
+        """Take the wanted rows of the gradient of one micro-batch. Row numbers get a tensor made for this route alone."""
         raise NotImplementedError
 
     @abstractmethod
@@ -101,7 +101,9 @@ class Gather(Route):
 
     def accept(self, gradient: Tensor) -> None:
         """Add the kept entries of `gradient`."""
-        self._add(self._entries.gather(gradient))
+        kept = self._entries.gather(gradient)
+        is_view = kept.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr()
+        self._add(kept.clone() if is_view and self._sum is None else kept)
 
     def wanted_rows(self) -> Wanted | None:
         """The kept rows, if whole rows are kept."""
@@ -132,18 +134,23 @@ class Rows(Route):
     Args:
         start: first row.
         stop: the one after the last.
-        inner: is fed with these rows as if they were the whole parameter.
+        inner: is fed with these rows as if they were the whole parameter. If it consumes them, it owns these rows.
+
+    Raises:
+        ValueError: these are no rows.
     """
 
     def __init__(self, start: int, stop: int, inner: Route) -> None:
+        if not 0 <= start < stop:
+            raise ValueError(f"rows {start} to {stop} are no range of rows")
         self._rows = slice(start, stop)
         self._inner = inner
+        self.consumes = inner.consumes
         self.writes = inner.writes
 
     def accept(self, gradient: Tensor) -> None:
-        """Hand the rows on. A route that consumes gets a copy, since other rows of the buffer may be others'."""
-        part = gradient[self._rows]
-        self._inner.accept(part.clone() if self._inner.consumes else part)
+        """Hand on a view of the rows."""
+        self._inner.accept(gradient[self._rows])
 
     def wanted_rows(self) -> Wanted | None:
         """The rows, or those of them that the route within wants."""

@@ -1,0 +1,5 @@
+"""BlockLLM: see `method`."""
+
+from blockllm_cli.methods.blockllm.method import BlockLLM
+
+__all__ = ["BlockLLM"]
