@@ -35,12 +35,12 @@ def routed(
     Args:
         model: any; the layers that can feed by themselves are `Linear`.
         routes: keyed by parameter name, or by `<parameter>@<anything>` for one of several routes of a parameter.
-        feeding: "hook" feeds every parameter by a hook; the results are the same to rounding. With "auto", a weight that
-            writing routes are fed with by its layer may be used once in a forward pass.
+        feeding: "hook" feeds every parameter by a hook; the results are the same to rounding. With "auto", a layer
+            whose weight is written in the backward pass has to be called once in a forward pass.
 
     Raises:
         KeyError: a route names a parameter that the model does not have.
-        ValueError: two routes would consume the same row of a parameter's gradient, or one wants rows that are not there.
+        ValueError: two routes would consume the same row of a gradient, or one wants rows that are not there.
     """
     parameters = dict(model.named_parameters())
     by_parameter = _by_parameter(routes, parameters)
@@ -100,9 +100,9 @@ def _check(name: str, rows: int, routes: Sequence[Route]) -> None:
         raise ValueError(f"two routes of {name} want the same rows of its gradient for themselves")
 
 
-def _layers(model: nn.Module) -> dict[nn.Parameter, Linear]:
+def _layers(model: nn.Module) -> dict[Tensor, Linear]:
     """The layer of each weight that belongs to a `Linear` and to no other module."""
-    uses = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
+    uses = Counter[Tensor](parameter for module in model.modules() for parameter in module.parameters(recurse=False))
     return {
         module.weight: module for module in model.modules() if isinstance(module, Linear) and uses[module.weight] == 1
     }

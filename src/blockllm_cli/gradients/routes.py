@@ -40,7 +40,7 @@ class Route(ABC):
         return None
 
     def accept_rows(self, rows: Tensor) -> None:
-        """Take the wanted rows of the gradient of one micro-batch. Row numbers get a tensor made for this route alone."""
+        """Take the wanted rows of one micro-batch's gradient; those wanted by number are made for this route alone."""
         raise NotImplementedError
 
     @abstractmethod

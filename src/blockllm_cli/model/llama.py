@@ -6,6 +6,7 @@ Letters: B rows, L positions, D hidden size, H heads, K head width.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -140,7 +141,8 @@ class LlamaForCausalLM(nn.Module):
 
     def forward(self, input_ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) of every position; `loss` and `row_nll` do without them."""
-        return F.linear(self.model(input_ids, documents), self.head_weight)
+        hidden = cast(Tensor, self.model(input_ids, documents))
+        return F.linear(hidden, self.head_weight) if self.lm_head is None else cast(Tensor, self.lm_head(hidden))
 
     def loss(self, batch: Batch, *, scale: float) -> tuple[Tensor, Tensor]:
         """`scale` times the negative log likelihood of the batch's targets, and its sum; see `chunked_nll`."""
@@ -183,16 +185,23 @@ def build_model(
     with torch.device("meta"):
         model = LlamaForCausalLM(config, checkpoint_activations=checkpoint_activations)
     for name, placeholder in list(model.named_parameters()):
-        if role_of(name) == "norm":
-            values = torch.ones(placeholder.shape)
-        else:
-            values = _normal(placeholder.shape, config.initializer_range, seed, name)
+        values = initial_values(name, placeholder.shape, config.initializer_range, seed)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, nn.Parameter(values.to(device=device, dtype=dtype)))
     return model
 
 
-def _normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
+def initial_values(name: str, shape: Sequence[int], std: float, seed: int) -> Tensor:
+    """What `build_model` gives the parameter `name` of this shape before rounding: fp32, on the CPU.
+
+    Args:
+        name: as in `LlamaForCausalLM.named_parameters()`.
+        shape: of the parameter.
+        std: standard deviation of a matrix, `initializer_range`.
+        seed: of the model.
+    """
+    if role_of(name) == "norm":
+        return torch.ones(*shape)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.empty(*shape).normal_(0.0, std, generator=generator)
