@@ -6,7 +6,8 @@ every filled value is noted with its source. A resolved recipe resolves to itsel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
@@ -16,18 +17,22 @@ from typing import Any
 from pydantic import Field
 
 from blockllm_cli.errors import RecipeError
-from blockllm_cli.methods.base import Hyperparameters, Method, MethodFacts, MethodOptions
+from blockllm_cli.methods.base import Hyperparameters, Method, MethodFacts, MethodOptions, Rates, Setting
 from blockllm_cli.methods.registry import method_class, method_names, suggest_method
 from blockllm_cli.model.config import LlamaConfig, llama_config
+from blockllm_cli.optim.precision import Precision, precision_of
+from blockllm_cli.recipe.files import shown
 from blockllm_cli.recipe.kinds import parse_text
 from blockllm_cli.recipe.load import Draft, LoadedRecipe, check_table, read_draft
 from blockllm_cli.recipe.names import did_you_mean
-from blockllm_cli.recipe.origins import Problem, joined
+from blockllm_cli.recipe.origins import Origin, Problem, joined, origin_of
 from blockllm_cli.recipe.sections import SECTIONS, SEED_LIMIT, Model, PrecisionWord, Recipe, Section, Tokenizer
 from blockllm_cli.recipe.seeds import derived_seed
 
 UNKNOWN_VOCABULARY = 32_000
 """Stands for the pieces of a tokenizer that has not been read yet: those of the papers' models."""
+
+_NOT_IN_BACKWARD = "cannot update inside the backward pass"
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,34 @@ class Resolved:
     def method_seed(self) -> int:
         """Seed of the method's draws: its own if it was given one, else derived from `run.seed`."""
         return int(self.recipe.method["seed"])
+
+    @property
+    def micro_batches(self) -> int:
+        """Backward passes per update."""
+        batch = self.recipe.batch
+        return batch.rows // (batch.micro_rows or batch.rows)
+
+    def method(self, precision: Precision) -> Method:
+        """The method, with what it has to know of the run; nothing is allocated."""
+        schedule = self.recipe.schedule
+        assert schedule.learning_rate is not None  # filled by `resolve`
+        body = schedule.learning_rate
+        return self.method_class(
+            self.options,
+            Setting(
+                self.method_seed,
+                precision,
+                self.micro_batches,
+                peak=Rates(body, body if schedule.dense_rate is None else schedule.dense_rate),
+                layerwise_allowed=self.recipe.run.on_nonfinite != "skip",
+            ),
+        )
+
+    def placed(self, error: RecipeError) -> RecipeError:
+        """An error of the method, which knows no file, with the place of the key that its text begins with."""
+        key = re.match(r"method\.\w+", str(error))
+        place = origin_of(key[0] if key else "method", self.loaded.origins, Origin(shown(self.loaded.path)))
+        return RecipeError(f"{place}: {error}")
 
     def with_precision(self, name: PrecisionWord, note: str = "") -> Resolved:
         """The same with `run.precision` decided; `note` says how, if it was not given."""
@@ -107,7 +140,58 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
         comments["method.seed"] = "derived from run.seed"
     table = {"name": method.name, "seed": seed, **options.model_dump(mode="json", exclude_none=True)}
     filled = recipe.model_copy(update={**sections, "method": table})
-    return Resolved(filled, loaded, method, options, MappingProxyType(comments))
+    resolved = Resolved(filled, loaded, method, options, MappingProxyType(comments))
+    problems = list(_layerwise_problems(resolved))
+    if problems:
+        raise RecipeError(joined([loaded.line(problem) for problem in problems]))
+    _check_plan(resolved, config)
+    return resolved
+
+
+def _layerwise_problems(resolved: Resolved) -> Iterator[Problem]:
+    """Why the run cannot have the updates inside the backward pass that its recipe asks for."""
+    if not getattr(resolved.options, "layerwise", None):
+        return
+    recipe, name, facts = resolved.recipe, resolved.method_class.name, resolved.method_class.facts
+    key = "method.layerwise"
+    if facts.layerwise == "never":
+        yield Problem(key, f"{name} {_NOT_IN_BACKWARD}", "leave it out")
+        return
+    if resolved.micro_batches > 1:
+        yield Problem(
+            key,
+            f"an update needs the gradient of all {recipe.batch.rows} rows, and one pass has batch.micro_rows = "
+            f"{recipe.batch.micro_rows} of them",
+            "leave one of the two out",
+        )
+    if recipe.run.on_nonfinite == "skip":
+        yield Problem(
+            key,
+            'by the time an update is found to be not finite, part of it is written, and run.on_nonfinite = "skip" '
+            "would have to undo it",
+            'leave layerwise out, or set run.on_nonfinite = "stop"',
+        )
+    if facts.layerwise == "any" and recipe.schedule.clip:
+        yield Problem(
+            key,
+            f"the norm that schedule.clip = {recipe.schedule.clip:g} limits is known after the backward pass only, and "
+            f"an update by {name} depends on the length of its gradient",
+            "leave layerwise out, or set schedule.clip = 0",
+        )
+
+
+def _check_plan(resolved: Resolved, config: LlamaConfig) -> None:
+    """Refuse options that do not fit the shapes of the model, if these are known before the tokenizer is read."""
+    recipe = resolved.recipe
+    if not vocabulary_is_known(recipe.model, recipe.tokenizer):
+        return
+    name = recipe.run.precision
+    try:
+        resolved.method(precision_of("fp32" if name == "auto" else name, recipe.run.rounding)).plan(
+            config.parameter_shapes()
+        )
+    except RecipeError as error:
+        raise resolved.placed(error) from error
 
 
 def _check_run_seed(loaded: LoadedRecipe) -> None:
@@ -196,7 +280,9 @@ def _options(
     values = dict(published.options)
     problems: list[Problem] = []
     for key, value in table.items():
-        if key not in valid:
+        if key == "layerwise" and key not in fields:
+            problems.append(Problem("method.layerwise", f"{method.name} {_NOT_IN_BACKWARD}", "leave it out"))
+        elif key not in valid:
             hint = did_you_mean(key, "method", valid)
             problems.append(Problem(f"method.{key}", f"{method.name} has no such option", hint))
         elif key in fields:

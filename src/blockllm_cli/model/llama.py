@@ -6,7 +6,7 @@ Letters: B rows, L positions, D hidden size, H heads, K head width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -205,3 +205,18 @@ def initial_values(name: str, shape: Sequence[int], std: float, seed: int) -> Te
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.empty(*shape).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def equal_to_initial(model: LlamaForCausalLM, names: Iterable[str], *, seed: int) -> list[str]:
+    """Those of the parameters `names` whose values are what `build_model` gave them with `seed`.
+
+    Each is drawn again and dropped before the next, so that at most one fp32 matrix exists beside the model.
+    """
+    unmoved = []
+    for name in names:
+        now = model.get_parameter(name)
+        initial = initial_values(name, now.shape, model.config.initializer_range, seed)
+        if torch.equal(now, initial.to(device=now.device, dtype=now.dtype)):
+            unmoved.append(name)
+    return unmoved

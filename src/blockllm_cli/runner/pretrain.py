@@ -14,9 +14,9 @@ from blockllm_cli.durable import sweep, write_bytes, write_json, write_text
 from blockllm_cli.errors import BlockLLMError, InputError, InterruptedRunError, RecipeError, StopRequested
 from blockllm_cli.memory.measure import MemoryMeter
 from blockllm_cli.memory.plan import Plan, plan_run
-from blockllm_cli.methods.base import Method, Setting
+from blockllm_cli.methods.base import Method
 from blockllm_cli.methods.resolve import Resolved, resolve_recipe
-from blockllm_cli.model.llama import LlamaForCausalLM, build_model
+from blockllm_cli.model.llama import LlamaForCausalLM, build_model, equal_to_initial
 from blockllm_cli.model.weights import load_weights
 from blockllm_cli.recipe.availability import refuse_unavailable
 from blockllm_cli.recipe.dump import dump_recipe
@@ -140,12 +140,11 @@ class _Run:
             terminal.say(note)
         self.resolved = resolved.with_precision(self.precision.name, note)
         self.recipe = self.resolved.recipe
-        rows, micro = self.recipe.batch.rows, self.recipe.batch.micro_rows or self.recipe.batch.rows
-        self.micro_rows = micro
-        self.method: Method = resolved.method_class(
-            resolved.options, Setting(self.resolved.method_seed, self.precision, micro_batches=rows // micro)
-        )
-        self.plan: Plan = plan_run(inputs.config.parameter_shapes(), self.method, self.precision)
+        self.method: Method = self.resolved.method(self.precision)
+        try:
+            self.plan: Plan = plan_run(inputs.config.parameter_shapes(), self.method, self.precision)
+        except RecipeError as error:
+            raise self.resolved.placed(error) from error
 
     def carry_out(self, folder: RunFolder | None, stack: contextlib.ExitStack) -> Path:
         """Build, train, and leave a summary whatever happens."""
@@ -244,13 +243,19 @@ class _Run:
             restore_random_state(checkpoint.state["random"])
         else:
             seed_random_state(self.resolved.method_seed)
-        self.meter = MemoryMeter(model, self.method, checkpoint.state["memory_peaks"] if checkpoint else None)
+        self.meter = MemoryMeter(
+            model,
+            self.method,
+            self.plan,
+            step=state.step,
+            peaks=checkpoint.state["memory_peaks"] if checkpoint else None,
+        )
         schedule = self.recipe.schedule
         assert schedule.learning_rate is not None  # filled when the recipe was resolved
         settings = TrainerSettings(
             steps=total_steps(self.recipe),
             rows=self.recipe.batch.rows,
-            micro_rows=self.micro_rows,
+            micro_rows=self.recipe.batch.rows // self.resolved.micro_batches,
             learning_rate=schedule.learning_rate,
             dense_rate=schedule.learning_rate if schedule.dense_rate is None else schedule.dense_rate,
             clip=schedule.clip or 0.0,
@@ -307,7 +312,10 @@ class _Run:
     def _finish(self, folder: RunFolder, loop: Loop) -> Path:
         status = "stopped" if loop.stopped_early else "completed"
         message = f"stopped after update {loop.step}, as asked" if loop.stopped_early else "completed"
-        write_summary(folder, self._outcome(status, 0, message, loop))
+        unmoved = self._unmoved(loop.trainer.model)
+        write_summary(folder, self._outcome(status, 0, message, loop, unmoved))
+        if unmoved:
+            self.terminal.say(f"note: {_unmoved_note(unmoved, self.method)}")
         if loop.stopped_early:
             self.terminal.say(f"saved at update {loop.step}; continue with: blockllm pretrain --resume {folder.path}")
         return folder.path
@@ -323,7 +331,16 @@ class _Run:
         with contextlib.suppress(BlockLLMError):
             write_summary(folder, self._outcome(status, code, str(error) or type(error).__name__, loop))
 
-    def _outcome(self, status: str, code: int, message: str, loop: Loop | None) -> Outcome:
+    def _unmoved(self, model: LlamaForCausalLM) -> list[str]:
+        """Trained parameters that are as they were drawn; one tensor is drawn again at a time."""
+        seed = self.recipe.model.seed
+        assert seed is not None  # filled when the recipe was resolved
+        trained = [name for name, _ in model.named_parameters() if self.method.trains(name)]
+        return equal_to_initial(model, trained, seed=seed)
+
+    def _outcome(
+        self, status: str, code: int, message: str, loop: Loop | None, unmoved: list[str] | None = None
+    ) -> Outcome:
         return Outcome(
             status=status,
             exit_code=code,
@@ -334,4 +351,14 @@ class _Run:
             method=self.method,
             plan=self.plan,
             loop=loop,
+            unmoved=unmoved,
         )
+
+
+def _unmoved_note(unmoved: Sequence[str], method: Method) -> str:
+    """What log and terminal say of trained parameters that are as they were drawn."""
+    first = ", ".join(unmoved[:3]) + (", ..." if len(unmoved) > 3 else "")
+    return (
+        f"{len(unmoved)} of the tensors that {method.name} trains still have the values they were drawn with: {first} "
+        "(`unmoved` in summary.json lists them)"
+    )

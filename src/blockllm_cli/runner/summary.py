@@ -27,6 +27,7 @@ class Outcome:
         exit_code: of the process.
         message: one sentence.
         loop: None when it never began.
+        unmoved: trained parameters that are as they were drawn; None unless the run came to an end of its own.
     """
 
     status: str
@@ -38,6 +39,7 @@ class Outcome:
     method: Method
     plan: Plan
     loop: Loop | None
+    unmoved: list[str] | None = None
 
 
 def write_summary(folder: RunFolder, outcome: Outcome) -> None:
@@ -100,6 +102,7 @@ def _memory(outcome: Outcome) -> dict[str, Any]:
         "parameters": outcome.inputs.config.num_parameters,
         "state_entries": outcome.method.state_entries if loop else None,
         "trainable_entries": outcome.method.trainable_entries if loop else None,
+        "unmoved": outcome.unmoved,
     }
 
 

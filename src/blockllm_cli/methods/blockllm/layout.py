@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from blockllm_cli.optim.selection import budget
-
 from blockllm_cli.errors import RecipeError
 from blockllm_cli.methods.blockllm.options import BlockLLMOptions
 from blockllm_cli.model.roles import layer_of, role_of
 from blockllm_cli.optim.blocks import Block, Piece, cut_blocks
+from blockllm_cli.optim.selection import budget
 
 Shapes = Mapping[str, tuple[int, ...]]
 

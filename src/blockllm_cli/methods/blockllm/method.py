@@ -70,6 +70,7 @@ class BlockLLM(Method):
         self._turn: Turn | None = None
         self._norms: dict[str, Tensor] = {}
         self._new_entries: dict[str, Entries] = {}
+        self._dense: dict[str, Tensor] = {}
         self._unchanged: Tensor | None = None
 
     def plan(self, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorPlan]:
@@ -169,9 +170,7 @@ class BlockLLM(Method):
         kept = [record.entries for record in records]
         return lambda gradient: self._write_inactive(step, rates, piece, gradient, kept)
 
-    def _write_inactive(
-        self, step: int, rates: Rates, piece: Piece, gradient: Tensor, kept: Sequence[Entries]
-    ) -> None:
+    def _write_inactive(self, step: int, rates: Rates, piece: Piece, gradient: Tensor, kept: Sequence[Entries]) -> None:
         assert self._inactive is not None
         self._norms[piece.key] = self._inactive.write(
             self._state.weight(piece),
@@ -203,7 +202,9 @@ class BlockLLM(Method):
                 chosen[piece.key + NEW] = gradient
         if not is_masked and self.chooser.measures_trained:
             self._measure_whole(turn, chosen)
-        return chosen
+        # In the model's order, as a dense method has them: the kept norm is then the same to the last bit.
+        order = {name: index for index, name in enumerate(self.chooser.layout.shapes)}
+        return dict(sorted(chosen.items(), key=lambda item: order[item[0].partition("@")[0]]))
 
     def _share(self, turn: Turn) -> Any:
         return turn.selection.share if turn.selection is not None else self.chooser.share
@@ -220,7 +221,7 @@ class BlockLLM(Method):
             self._dense[piece.key + NEW] = gradient
         elif self.chooser.measures_trained:
             self._norms[piece.key] = kept_norm([gradient])
-        return entries.gather(gradient).clone() if entries.is_all else entries.gather(gradient)
+        return entries.gather(gradient)
 
     def _measure_whole(self, turn: Turn, chosen: Mapping[str, Tensor]) -> None:
         for name in turn.trained:
@@ -298,7 +299,7 @@ class BlockLLM(Method):
 
     def _block_norms(self) -> dict[str, Tensor]:
         """Norms of the blocks of which every piece was measured in this update."""
-        found = {}
+        found: dict[str, Tensor] = {}
         if not self.chooser.measures_trained:
             return found
         for block in self.chooser.layout.blocks:

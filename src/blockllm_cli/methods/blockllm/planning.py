@@ -1,0 +1,107 @@
+"""Upper bounds of what BlockLLM holds, per category, before anything is selected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from math import prod
+
+import torch
+
+from blockllm_cli.footprint import Category, TensorPlan
+from blockllm_cli.gradients.sketch import SIZE
+from blockllm_cli.methods.blockllm.layout import Layout
+from blockllm_cli.methods.blockllm.options import BlockLLMOptions
+from blockllm_cli.optim.precision import Precision
+
+
+def plan_tensors(
+    layout: Layout, options: BlockLLMOptions, precision: Precision, accumulator: torch.dtype, *, is_layerwise: bool
+) -> list[TensorPlan]:
+    """What may be held at most; tensors of the candidates stand together under the name `candidates`.
+
+    Args:
+        layout: how the model is divided.
+        options: of the method.
+        precision: dtypes of state and master copies.
+        accumulator: dtype of kept gradients.
+        is_layerwise: whether the inactive rule writes inside the backward pass.
+    """
+    always = {piece.key: piece.shape for piece in layout.always}
+    riders = {name: layout.shapes[name] for name in layout.riders}
+    named = {**always, **riders}
+    entries = min(layout.budget, layout.candidates)
+    plans = [TensorPlan(name, "gradients", shape, _word(accumulator), "update") for name, shape in named.items()]
+    plans += _gradients(layout, options, _word(accumulator), is_layerwise=is_layerwise)
+    state = _state_entries(layout, options, entries)
+    for slot in ("exp_avg", "exp_avg_sq"):
+        plans += [
+            _state(f"{name}.{slot}", "optimizer_state", shape, precision.moments) for name, shape in named.items()
+        ]
+        plans.append(_state(f"candidates.{slot}", "optimizer_state", (state,), precision.moments))
+    if precision.has_master:
+        plans += [_state(f"{name}.master", "master_weights", shape, torch.float32) for name, shape in named.items()]
+        # Parked entries have none.
+        masters = state if options.state == "keep" else entries
+        plans.append(_state("candidates.master", "master_weights", (masters,), torch.float32))
+    if options.mask != "none" and not layout.nothing_to_choose:
+        plans.append(_state("candidates.index", "indices", (_index_bytes(layout, options, state),), torch.uint8))
+    return plans
+
+
+def _state_entries(layout: Layout, options: BlockLLMOptions, entries: int) -> int:
+    """Candidates' entries with state at most, those that wait or are parked included."""
+    if layout.nothing_to_choose or options.state == "drop":
+        return entries
+    if options.state == "offload":
+        return layout.candidates
+    # Blocks that are selected again and wait to enter keep what they had beside what has entered.
+    return entries if options.mask == "none" else min(2 * entries, layout.candidates)
+
+
+def _index_bytes(layout: Layout, options: BlockLLMOptions, state: int) -> int:
+    """Bytes of indices at most: 4 for every entry (or row) kept, and with "drop" a bit for each there is."""
+    units = {
+        piece.key: piece.shape[0] if options.mask == "row" else piece.size
+        for block in layout.blocks
+        for piece in block.pieces
+    }
+    kept = 4 * state
+    if options.mask == "row":
+        narrowest = min(prod(piece.shape[1:]) for block in layout.blocks for piece in block.pieces)
+        kept = 4 * (state // narrowest) if options.state == "drop" else kept
+    bits = sum(-(-count // 8) for count in units.values())
+    return min(kept, bits) if options.state == "drop" else kept
+
+
+def _gradients(layout: Layout, options: BlockLLMOptions, dtype: str, *, is_layerwise: bool) -> Iterator[TensorPlan]:
+    """Kept gradients of the candidates, those of the update that chooses masks, sketches, the inactive rule's."""
+    kept = min(layout.budget, layout.candidates)
+    largest = max((block.size for block in layout.blocks), default=0)
+    held = kept
+    if options.mask != "none" and not layout.nothing_to_choose:
+        held += max(kept, largest)
+    if options.inactive != "none" and not is_layerwise and not layout.nothing_to_choose:
+        held += layout.candidates
+    yield TensorPlan("candidates", "gradients", (held,), dtype, "update")
+    if layout.nothing_to_choose or options.score in ("random", "cyclic"):
+        return
+    pieces = [len(block.pieces) for block in layout.blocks]
+    probes = 0 if options.inactive != "none" else sum(sorted(pieces, reverse=True)[: options.probe])
+    if probes:
+        yield TensorPlan("probes", "gradients", (probes, SIZE), "float32", "pass")
+    named = chain((piece.size for piece in layout.always), (prod(layout.shapes[name]) for name in layout.riders))
+    width = {"float32": 4, "bfloat16": 2}[dtype]
+    beside = (held + sum(named)) * width + probes * SIZE * 4
+    # The scouting pass has sketches of all blocks and nothing else.
+    excess = sum(pieces) * SIZE * 4 - beside
+    if excess > 0:
+        yield TensorPlan("scouting", "gradients", (excess,), "uint8", "pass")
+
+
+def _state(name: str, category: Category, shape: tuple[int, ...], dtype: torch.dtype) -> TensorPlan:
+    return TensorPlan(name, category, shape, _word(dtype))
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
