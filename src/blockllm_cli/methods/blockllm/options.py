@@ -146,8 +146,9 @@ class BlockLLMOptions(MethodOptions):
                 raise ValueError(
                     f'variant "official" has no {foreign[0]}: the release knows {", ".join(RELEASED[1:])} only'
                 )
-            return {**OFFICIAL, **given}
-        return {**PAPER, **given} if variant == "paper" else given
+        filled = {**{"paper": PAPER, "official": OFFICIAL}.get(str(variant), {}), **given}
+        # What a validator returns is no longer JSON to pydantic, and strict checks then take tuples for tuples only.
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in filled.items()}
 
     @field_validator("always", "groups")
     @classmethod
