@@ -47,7 +47,7 @@ def test_the_largest_figure_stays_and_survives_a_resume():
     meter.mark("backward", 1000)
     meter.mark("update", 10)
     assert meter.by_category()["gradients"] == 1000
-    assert MemoryMeter(model, Holder(), meter.peaks).by_category()["gradients"] == 1000
+    assert MemoryMeter(model, Holder(), peaks=meter.peaks).by_category()["gradients"] == 1000
     assert meter.by_category()["weights"] == 80
 
 

@@ -1,5 +1,7 @@
 """What a recipe leaves out is filled in, each value with its source; what is wrong with the method is told at once."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -7,9 +9,10 @@ import pytest
 from pydantic import Field
 
 from blockllm_cli.errors import RecipeError
+from blockllm_cli.footprint import TensorPlan
 from blockllm_cli.methods import resolve as resolving
 from blockllm_cli.methods.adamw import AdamW
-from blockllm_cli.methods.base import Hyperparameters, MethodFacts, MethodOptions
+from blockllm_cli.methods.base import Hyperparameters, MethodFacts, MethodOptions, Rates, Setting
 from blockllm_cli.methods.registry import method_names
 from blockllm_cli.methods.resolve import (
     Resolved,
@@ -20,6 +23,7 @@ from blockllm_cli.methods.resolve import (
     vocabulary_is_known,
 )
 from blockllm_cli.model.config import SIZES, llama_config
+from blockllm_cli.optim.precision import precision_of
 from blockllm_cli.recipe.dump import dump_recipe
 from blockllm_cli.recipe.load import load_recipe
 from blockllm_cli.recipe.sections import Model
@@ -30,19 +34,32 @@ class FakeOptions(MethodOptions):
     scale: float = Field(default=1.0, gt=0, description="Factor.")
     mode: Literal["left", "right"] = Field(default="left", description="Side.")
     groups: list[str] | None = Field(default=None, description="Expressions.")
+    layerwise: bool | None = Field(default=None, description="Inside the backward pass.")
 
 
 class Fake(AdamW):
-    """A method with published values of every kind."""
+    """A method with published values of every kind, which refuses shapes where it is told to."""
 
     name = "fake"
     Options = FakeOptions
+    given: ClassVar[list[Setting]] = []
+
+    def __init__(self, options: FakeOptions, setting: Setting) -> None:
+        self._options = options
+        self.given.append(setting)
+
+    def plan(self, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorPlan]:
+        if self._options.rank > shapes["model.embed_tokens.weight"][1]:
+            raise RecipeError(f"method.rank = {self._options.rank}: is more than the width")
+        return []
+
     facts: ClassVar[MethodFacts] = MethodFacts(
         title="Fake",
         summary="s",
         paper="p",
         family="f",
         keeps="k",
+        layerwise="any",
         hyperparameters={
             "60m": Hyperparameters(1e-2, dense_rate=5e-3, clip=0.5, options={"rank": 128}, source="the paper"),
             "1b": Hyperparameters(1e-4, options={"rank": 512}),
@@ -173,7 +190,7 @@ def test_flags_are_read_as_the_type_of_the_option(options: str, values: dict) ->
     [
         ("rnk=3", "method.rnk = 3: fake has no such option; did you mean rank?"),
         ("rank-=3", "did you mean rank?"),
-        ("alpha=3", "fake has no such option; [method] has name, seed, rank, scale, mode, groups"),
+        ("alpha=3", "fake has no such option; [method] has name, seed, rank, scale, mode, groups, layerwise"),
         ("learning_rate=3", "learning_rate belongs to [schedule]"),
         ("lr=3", "did you mean learning_rate of [schedule]?"),
         ("betas=3", "fake has no such option; [method] has"),
@@ -239,3 +256,70 @@ def test_the_architecture_is_known_as_far_as_the_tokenizer_is() -> None:
     assert config_of("tokenizer.vocab_size=300") == (320, True)
     assert config_of("tokenizer.source=file", "tokenizer.path=x") == (32_000, False)
     assert config_of("tokenizer.source=file", "tokenizer.path=x", "model.vocab_size=99") == (99, True)
+
+
+def test_a_method_knows_the_peak_rates_the_passes_and_whether_it_may_write_early() -> None:
+    def setting(*overrides: str) -> Setting:
+        fake(*overrides).method(precision_of("bf16"))
+        return Fake.given[-1]
+
+    sets = ("schedule.learning_rate=0.5", "method.seed=7", "batch.rows=8", "batch.micro_rows=2")
+    expected = Setting(7, precision_of("bf16"), 4, peak=Rates(0.5, 5e-3), layerwise_allowed=True)
+    assert setting(*sets) == expected
+    assert setting(*sets, "run.on_nonfinite=skip") == replace(expected, layerwise_allowed=False)
+    # 7b has no dense rate of its own
+    assert fake("schedule.learning_rate=0.5", size="7b").method(precision_of("fp32")) is not None
+    assert Fake.given[-1].peak == Rates(0.5, 0.5)
+
+
+def test_options_that_do_not_fit_the_shapes_are_refused_at_their_place() -> None:
+    assert refusal(method="fake:rank=513") == "--method fake:rank=513: method.rank = 513: is more than the width"
+    assert fake(options="rank=512").options.rank == 512
+    # Without the tokenizer the shapes are not known.
+    resolve_recipe("quickstart", overrides=["tokenizer.source=file", "tokenizer.path=x"], method="fake:rank=513")
+
+
+ONE_PASS = ("batch.micro_rows=512", "batch.rows=512")
+
+
+NEVER = "fake cannot update inside the backward pass; leave it out"
+TWO_PASSES = "all 512 rows, and one pass has batch.micro_rows = 256 of them; leave one of the two out"
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "expected"),
+    [
+        ("any", ONE_PASS, None),
+        ("scale_invariant", ONE_PASS, None),
+        ("never", ONE_PASS, NEVER),
+        ("any", ("batch.rows=512", "batch.micro_rows=256"), TWO_PASSES),
+        ("scale_invariant", ("batch.rows=512", "batch.micro_rows=256"), TWO_PASSES),
+        ("any", (*ONE_PASS, "run.on_nonfinite=skip"), 'set run.on_nonfinite = "stop"'),
+        ("scale_invariant", (*ONE_PASS, "run.on_nonfinite=skip"), 'set run.on_nonfinite = "stop"'),
+        ("any", (*ONE_PASS, "schedule.clip=0.5"), "schedule.clip = 0.5 limits"),
+        ("scale_invariant", (*ONE_PASS, "schedule.clip=0.5"), None),
+    ],
+)
+def test_r03_updates_inside_the_backward_pass_where_they_cannot_be_exact(
+    kind: str, overrides: tuple[str, ...], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fake, "facts", replace(Fake.facts, layerwise=kind))
+    # Left to the method, or off, nothing is refused.
+    fake(*overrides)
+    fake(*overrides, options="layerwise=false")
+    if expected is None:
+        assert fake(*overrides, options="layerwise=true").options.layerwise is True
+        return
+    text = refusal(*overrides, method="fake:layerwise=true")
+    assert text.startswith("--method fake:layerwise=true: method.layerwise = true: ")
+    assert expected in text
+
+
+def test_r03_every_reason_against_it_is_told_at_once() -> None:
+    sets = ("batch.rows=512", "batch.micro_rows=256", "run.on_nonfinite=skip", "schedule.clip=0.5")
+    assert refusal(*sets, method="fake:layerwise=true").startswith("3 problems:\n")
+
+
+def test_r03_a_method_without_the_option_says_that_it_cannot() -> None:
+    expected = "method.layerwise = true: adamw cannot update inside the backward pass; leave it out"
+    assert refusal(method="adamw:layerwise=true").endswith(expected)
