@@ -15,7 +15,7 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 PAPER: Mapping[str, Any] = {
     "mask": "entry",
     "norms": "compete",
-    "always": [],
+    "always": (),
     "max_interval": 0,
     "probe_every": 1,
 }
@@ -139,6 +139,8 @@ class BlockLLMOptions(MethodOptions):
         """Put in what the variant sets, where the recipe is silent; refuse what the release does not have."""
         if not isinstance(given, Mapping):
             return given
+        # Past this point pydantic takes values for Python's, where strictness keeps lists and tuples apart.
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
         variant = given.get("variant", "recommended")
         if variant == "official":
             foreign = [key for key in given if key not in RELEASED and key in cls.model_fields]
