@@ -1,4 +1,4 @@
-"""Both ways of feeding on a Llama: equal results, fewer products, writes inside the backward pass, nothing left over."""
+"""Both ways of feeding on a Llama: equal results, fewer products, writes in the backward pass, nothing left over."""
 
 import weakref
 from itertools import pairwise

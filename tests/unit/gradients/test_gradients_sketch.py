@@ -99,7 +99,7 @@ STRUCTURES = {
     "nine equal rows": only(rows=slice(7, 16)).sign(),
     "one column": only(columns=33),
     "eight columns": only(columns=slice(8, 16)),
-    "a checkerboard": torch.ones(ROWS, COLUMNS) - 2 * (torch.arange(ROWS * COLUMNS).view(ROWS, COLUMNS) % 2),
+    "stripes": torch.ones(ROWS, COLUMNS) - 2 * (torch.arange(ROWS * COLUMNS).view(ROWS, COLUMNS) % 2),
     "rising": torch.arange(ROWS * COLUMNS).view(ROWS, COLUMNS).float(),
     "heavy columns": draw(ROWS, COLUMNS) * draw(1, COLUMNS, seed=1) / draw(1, COLUMNS, seed=2),
     "heavy rows": draw(ROWS, COLUMNS) * draw(ROWS, 1, seed=1) / draw(ROWS, 1, seed=2),

@@ -218,3 +218,88 @@ def test_a_head_of_zeros_gives_the_logarithm_of_the_vocabulary():
 def test_a_chunk_is_as_long_as_its_bytes_allow():
     assert chunk_tokens(32_000, 2) == CHUNK_BYTES // 64_000
     assert chunk_tokens(2**40, 4) == 1
+
+
+class Taker:
+    """Keeps the rows of the head's gradient that it wants."""
+
+    def __init__(self, rows):
+        self.rows, self.taken = rows, []
+
+    def wanted_rows(self):
+        return self.rows
+
+    def accept_rows(self, rows):
+        self.taken.append(rows)
+
+
+def fed(hidden, head, targets, scale, rows, chunk=None, *, needs_hidden=True):
+    hidden, head = hidden.detach().requires_grad_(needs_hidden), head.detach().requires_grad_()
+    takers = [Taker(part) for part in rows]
+    loss, _ = chunked_nll(hidden, head, targets, scale=scale, chunk=chunk, feeds=takers)
+    assert not any(taker.taken for taker in takers)
+    loss.backward()
+    assert head.grad is None
+    assert [len(taker.taken) for taker in takers] == [1] * len(takers)
+    return loss.detach(), hidden.grad, [taker.taken[0] for taker in takers]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 40),
+    numbers=st.sets(st.integers(0, 29)),
+    ends=st.tuples(st.integers(0, 30), st.integers(0, 30)),
+    chunk=st.none() | st.integers(1, 50),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_fed_rows_are_those_of_the_whole_gradient(tokens, numbers, ends, chunk, dtype, seed):
+    inputs = problem(tokens, 8, 30, dtype, seed=seed)
+    rows = [torch.tensor(sorted(numbers), dtype=torch.int64), slice(min(ends), max(ends)), slice(0, 30)]
+    loss, hidden_gradient, head_gradient = chunked(*inputs, 0.25, chunk)
+    made = fed(*inputs, 0.25, rows, chunk)
+    assert torch.equal(made[0], loss)
+    assert torch.equal(made[1], hidden_gradient)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    for part, taken in zip(rows, made[2], strict=True):
+        assert taken.dtype == dtype
+        torch.testing.assert_close(taken, head_gradient[part], **tolerance)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7, 64, 256])
+@pytest.mark.parametrize("spread", [0.02, 1.0])
+def test_fed_rows_in_bf16_are_no_further_from_the_truth_than_full_logits(chunk, spread):
+    hidden, head, targets = problem(256, 64, 500, torch.bfloat16, spread=spread)
+    rows = [slice(100, 350), torch.arange(0, 500, 3)]
+    exact = plain(hidden.double(), head.double(), targets, 1 / 256)[2]
+    usual = plain(hidden, head, targets, 1 / 256)[2].double()
+    for part, taken in zip(rows, fed(hidden, head, targets, 1 / 256, rows, chunk)[2], strict=True):
+        assert (taken.double() - exact[part]).norm() <= 1.02 * (usual[part] - exact[part]).norm()
+
+
+@pytest.mark.parametrize("chunk", [8, 64], ids=["chunks", "one chunk"])
+@pytest.mark.parametrize("needs_hidden", [False, True])
+def test_only_the_rows_that_are_wanted_are_multiplied(chunk, needs_hidden):
+    tokens, width, vocab = 32, 8, 50
+    inputs = problem(tokens, width, vocab)
+    with FlopCounterMode(display=False) as flops:
+        fed(*inputs, 1.0, [slice(3, 7), torch.tensor([1, 4, 9])], chunk, needs_hidden=needs_hidden)
+    assert flops.get_total_flops() == 2 * tokens * width * (vocab * (2 if needs_hidden else 1) + 4 + 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_other_rows_never_exists(dtype):
+    tokens, width, vocab = 60, 8, 400
+    hidden, head, targets = problem(tokens, width, vocab, dtype)
+    with Allocations() as seen:
+        fed(hidden, head, targets, 1.0, [slice(100, 150)], chunk=8)
+    assert (50, width) in seen.shapes
+    assert (vocab, width) not in seen.shapes
+
+
+def test_fed_rows_respect_the_upstream_factor():
+    hidden, head, targets = problem(9)
+    taker = Taker(slice(5, 20))
+    loss, _ = chunked_nll(hidden, head.requires_grad_(), targets, scale=0.5, chunk=4, feeds=[taker])
+    (3.0 * loss).backward()
+    torch.testing.assert_close(taker.taken[0], plain(hidden, head, targets, 1.5)[2][5:20])
