@@ -88,6 +88,11 @@ TABLE = (
     Cell("adamw-1e-3-dense-1e-2", "adamw", 1e-3, 1e-2),
     Cell("adamw-beta2-0.95-3e-4-dense-1e-2", "adamw:betas=[0.9,0.95]", 3e-4, 1e-2),
     Cell("frozen-beta2-0.95-1e-2", "frozen:betas=[0.9,0.95]", 1e-2),
+    *(
+        Cell(f"blockllm-0.9-{inactive}-{rate:g}", f"blockllm:inactive={inactive}", rate, 1e-2)
+        for inactive in ("none", "normalized", "sign")
+        for rate in (1e-3, 3e-4, 3e-3)
+    ),
 )
 
 

@@ -139,8 +139,6 @@ class BlockLLMOptions(MethodOptions):
         """Put in what the variant sets, where the recipe is silent; refuse what the release does not have."""
         if not isinstance(given, Mapping):
             return given
-        # Past this point pydantic takes values for Python's, where strictness keeps lists and tuples apart.
-        given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
         variant = given.get("variant", "recommended")
         if variant == "official":
             foreign = [key for key in given if key not in RELEASED and key in cls.model_fields]
