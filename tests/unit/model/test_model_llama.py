@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blockllm_cli.model.batch import Batch
 from blockllm_cli.model.config import LlamaConfig
-from blockllm_cli.model.llama import build_model
+from blockllm_cli.model.llama import build_model, equal_to_initial
 from blockllm_cli.model.weights import load_weights
 
 SMALL = {
@@ -263,3 +263,16 @@ def test_training_after_evaluation_is_unmoved_by_it():
     loss, gradients = train(model, batch)
     assert torch.equal(loss, undisturbed[0])
     assert all(torch.equal(gradient, undisturbed[1][name]) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_as_it_was_drawn_is_found_tensor_by_tensor(dtype):
+    model = build_model(config_of(), seed=5, dtype=dtype)
+    names = [name for name, _ in model.named_parameters()]
+    assert equal_to_initial(model, names, seed=5) == names
+    assert equal_to_initial(model, names, seed=6) == [name for name in names if name.endswith("norm.weight")]
+    moved = "model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(moved)[-1, -1] += 1
+    assert equal_to_initial(model, names, seed=5) == [name for name in names if name != moved]
+    assert equal_to_initial(model, [moved], seed=5) == []
