@@ -109,6 +109,11 @@ def sketched_norm_squared(sums: Tensor) -> Tensor:
     return sums.double().square().sum()
 
 
+def sketch_bytes(numel: int, size: int = SIZE) -> int:
+    """What a `Sketch` of a gradient of `numel` entries holds: its sums, and the factors of rows and of buckets."""
+    return 4 * (2 * size + -(-numel // size))
+
+
 def signs(seed: int, key: str, numel: int, size: int) -> Tensor:
     """The sign of each entry, 1 or -1, int8 (numel,): what `Sketch` multiplies by, made for all entries at once."""
     rows, buckets = _factors(seed, key, numel, size)

@@ -104,6 +104,25 @@ def test_an_honest_plan_is_no_obstacle(tiny):
     equal_rows(honest.metrics, plain.metrics)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "sparsity=0.5,max_interval=5,patience=3",
+        "variant=paper,patience=2",
+        "mask=entry,density=0.3,sparsity=0.8,max_interval=4,state=offload",
+        "mask=row,density=0.5,sparsity=0.5,max_interval=5,inactive=normalized",
+    ],
+)
+def test_blockllm_keeps_to_its_plan_through_selections_and_probes(tiny, options):
+    """The scouting pass, waves of entering blocks and sketches are in the plan, which is an upper bound."""
+    result = tiny.run("batch.micro_rows=4", method=f"blockllm:{options}")
+    assert sum(event["kind"] == "selection" for event in result.events) > 1
+    memory, planned = result.summary["memory"], result.summary["planned_memory"]
+    assert all(memory[name] <= planned[name] for name in memory if memory[name] is not None)
+    if "mask" not in options:  # what is kept whole, or sketched, is planned to the byte
+        assert memory["gradients"] == planned["gradients"]
+
+
 def test_a_plan_that_refuses_ends_before_a_folder_exists(tiny, capsys):
     expected = '--method liar:lie=refuses: method.lie = "refuses": 320 rows are too few'
     with pytest.raises(RecipeError) as caught:

@@ -8,8 +8,8 @@ from math import prod
 
 import torch
 
-from blockllm_cli.footprint import Category, TensorPlan
-from blockllm_cli.gradients.sketch import SIZE
+from blockllm_cli.footprint import ELEMENT_BYTES, Category, TensorPlan
+from blockllm_cli.gradients.sketch import sketch_bytes
 from blockllm_cli.methods.blockllm.layout import Layout
 from blockllm_cli.methods.blockllm.options import BlockLLMOptions
 from blockllm_cli.optim.precision import Precision
@@ -86,15 +86,14 @@ def _gradients(layout: Layout, options: BlockLLMOptions, dtype: str, *, is_layer
     yield TensorPlan("candidates", "gradients", (held,), dtype, "update")
     if layout.nothing_to_choose or options.score in ("random", "cyclic"):
         return
-    pieces = [len(block.pieces) for block in layout.blocks]
-    probes = 0 if options.inactive != "none" else sum(sorted(pieces, reverse=True)[: options.probe])
+    sketches = [sum(sketch_bytes(piece.size) for piece in block.pieces) for block in layout.blocks]
+    probes = 0 if options.inactive != "none" else sum(sorted(sketches, reverse=True)[: options.probe])
     if probes:
-        yield TensorPlan("probes", "gradients", (probes, SIZE), "float32", "pass")
+        yield TensorPlan("probes", "gradients", (probes,), "uint8", "pass")
     named = chain((piece.size for piece in layout.always), (prod(layout.shapes[name]) for name in layout.riders))
-    width = {"float32": 4, "bfloat16": 2}[dtype]
-    beside = (held + sum(named)) * width + probes * SIZE * 4
+    beside = (held + sum(named)) * ELEMENT_BYTES[dtype] + probes
     # The scouting pass has sketches of all blocks and nothing else.
-    excess = sum(pieces) * SIZE * 4 - beside
+    excess = sum(sketches) - beside
     if excess > 0:
         yield TensorPlan("scouting", "gradients", (excess,), "uint8", "pass")
 
