@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from blockllm_cli.gradients.clip import kept_norm, scale_to
 from blockllm_cli.gradients.engine import routed
 from blockllm_cli.gradients.routes import Route
-from blockllm_cli.methods.base import Method, Rates, Setting
+from blockllm_cli.methods.base import Event, Method, PassResult, Rates, Setting
 from blockllm_cli.methods.registry import method_class
 from blockllm_cli.model.batch import Batch
 from blockllm_cli.model.config import LlamaConfig
@@ -41,10 +44,13 @@ def make_method(
     rounding: Rounding = "nearest",
     micro_batches: int = 1,
     seed: int = 5,
+    peak: Rates = Rates(1e-2, 1e-2),
+    layerwise_allowed: bool = True,
     **options,
 ) -> Method:
     kind = method_class(name)
-    return kind(kind.Options(**options), Setting(seed, precision_of(precision, rounding), micro_batches))
+    setting = Setting(seed, precision_of(precision, rounding), micro_batches, peak, layerwise_allowed)
+    return kind(kind.Options(**options), setting)
 
 
 def toy_batch(step: int, rows: slice = slice(None)) -> Batch:
@@ -79,6 +85,58 @@ def run_update(
     chosen = {name: route.result() for name, route in routes.items()}
     method.update(step, rates, chosen, loss, **keywords)
     return loss
+
+
+@dataclass
+class Driven:
+    """What one update came to: loss before it, kept norm before clipping, events."""
+
+    loss: float
+    norm: float
+    events: list[Event]
+
+
+def drive_update(
+    method: Method,
+    model: LlamaForCausalLM,
+    step: int,
+    rates: Rates,
+    *,
+    batch: Callable[[int, slice], Batch] = toy_batch,
+    rows: int = ROWS,
+    micro_batches: int = 1,
+    clip: float = 0.0,
+    feeding: Literal["auto", "hook"] = "auto",
+    between: Callable[[Mapping[str, Route]], None] = lambda routes: None,
+    **keywords,
+) -> Driven:
+    """One update with all its passes, in the order of the trainer; `between` is called after each micro-batch."""
+    results: list[PassResult] = []
+    passes = method.passes(step, rates)
+    asked = next(passes, None)
+    size = rows // micro_batches
+    while asked is not None:
+        nll = torch.zeros((), dtype=torch.float64)
+        parts = [batch(step, slice(start, start + size)) for start in range(0, rows, size)]
+        targets = sum(part.num_targets for part in parts)
+        with routed(model, asked.routes, feeding=feeding):
+            for part in parts:
+                loss, part_nll = model.loss(part, scale=1.0 / targets)
+                loss.backward()
+                nll += part_nll
+                between(asked.routes)
+        kept = {key: value for key, route in asked.routes.items() if (value := route.result()) is not None}
+        results.append(PassResult(kept, nll / targets))
+        del kept
+        try:
+            asked = passes.send(results[-1])
+        except StopIteration:
+            asked = None
+    chosen = method.choose(step, results)
+    norm, loss = float(kept_norm(chosen.values())), float(results[-1].loss)
+    if clip:
+        scale_to(chosen.values(), norm, clip)
+    return Driven(loss, norm, method.update(step, rates, chosen, loss, **keywords))
 
 
 def run_updates(method: Method, model: LlamaForCausalLM, steps: Iterable[int], rates: Rates, **keywords) -> list[float]:
