@@ -42,7 +42,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to the last dimension of `input`."""
-        if self.feeds and torch.is_grad_enabled():
+        if self.feeds:
             return cast(Tensor, _FedLinear.apply(input, self.weight, self.feeds))  # type: ignore[no-untyped-call]
         return F.linear(input, self.weight)
 

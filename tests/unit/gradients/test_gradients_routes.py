@@ -187,8 +187,8 @@ def test_a_range_without_rows_is_refused(start, stop):
 
 def test_layerwise_hands_on_what_it_gets_and_keeps_nothing():
     gradient, seen = values(6, 4), []
-    route = Layerwise(seen.append)
+    route = Layerwise(lambda shown: seen.append((shown is gradient, torch.is_grad_enabled())))
     route.accept(gradient)
-    assert seen == [gradient]
+    assert seen == [(True, False)]
     assert route.result() is None
     assert route.held_bytes() == 0
