@@ -35,6 +35,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "pretrain": CommandEntry("pretrain:pretrain", "Train a Llama from a recipe, or go on with a run.", "Runs"),
     "evaluate": CommandEntry("evaluate:evaluate", "Compute the perplexity of a run.", "Runs"),
     "generate": CommandEntry("generate:generate", "Continue a prompt with the model of a run.", "Runs"),
+    "inspect": CommandEntry("inspect:inspect", "Show which block of a run was trained when, and why.", "Runs"),
     "recipes": CommandEntry("recipes:app", "List, show and copy the recipes that come with blockllm.", "Recipes"),
     "validate": CommandEntry("validate:validate", "Check a recipe, and print every value it leads to.", "Recipes"),
     "methods": CommandEntry("methods:methods", "List the training methods, or describe one.", "Recipes"),
