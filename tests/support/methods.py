@@ -19,6 +19,7 @@ from blockllm_cli.model.llama import LlamaForCausalLM, build_model
 from blockllm_cli.optim.precision import PrecisionName, Rounding, precision_of
 
 ROWS, LENGTH = 6, 12
+PEAK = Rates(1e-2, 1e-2)
 
 
 def toy_config(*, tied: bool = False) -> LlamaConfig:
@@ -44,7 +45,7 @@ def make_method(
     rounding: Rounding = "nearest",
     micro_batches: int = 1,
     seed: int = 5,
-    peak: Rates = Rates(1e-2, 1e-2),
+    peak: Rates = PEAK,
     layerwise_allowed: bool = True,
     **options,
 ) -> Method:
@@ -108,9 +109,13 @@ def drive_update(
     clip: float = 0.0,
     feeding: Literal["auto", "hook"] = "auto",
     between: Callable[[Mapping[str, Route]], None] = lambda routes: None,
+    carried_out: bool = True,
     **keywords,
 ) -> Driven:
-    """One update with all its passes, in the order of the trainer; `between` is called after each micro-batch."""
+    """One update with all its passes, in the order of the trainer; `between` is called after each micro-batch.
+
+    Without `carried_out` it is given up before anything is written, as one with a non-finite norm is.
+    """
     results: list[PassResult] = []
     passes = method.passes(step, rates)
     asked = next(passes, None)
@@ -134,6 +139,8 @@ def drive_update(
             asked = None
     chosen = method.choose(step, results)
     norm, loss = float(kept_norm(chosen.values())), float(results[-1].loss)
+    if not carried_out:
+        return Driven(loss, norm, [])
     if clip:
         scale_to(chosen.values(), norm, clip)
     return Driven(loss, norm, method.update(step, rates, chosen, loss, **keywords))

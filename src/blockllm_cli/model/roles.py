@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 Role = Literal["embedding", "attention", "mlp", "norm", "head"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 # Roles that `schedule.dense_rate` applies to: what every compared method trains densely beside the matrices.
 DENSE_ROLES: frozenset[Role] = frozenset({"embedding", "head", "norm"})

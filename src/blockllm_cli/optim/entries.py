@@ -30,6 +30,7 @@ class Entries:
         form: see the module.
         unit: whether bits and positions stand for entries or for rows.
         index: the tensor that holds the set (uint8 or int32, 1-D), or None for all.
+        width: entries of a unit: 1, or those of a row.
         count: entries kept.
     """
 
@@ -39,8 +40,8 @@ class Entries:
         self.unit: Unit = unit
         self.index = index
         self._chosen = chosen
-        self._width = 1 if unit == "entry" else prod(shape[1:])
-        self.count = chosen * self._width
+        self.width = 1 if unit == "entry" else prod(shape[1:])
+        self.count = chosen * self.width
 
     @classmethod
     def all(cls, shape: tuple[int, ...]) -> Entries:
@@ -78,6 +79,12 @@ class Entries:
         """The kept rows, int64, if whole rows are what is kept; else None."""
         return self._units() if self.unit == "row" else None
 
+    def units(self, device: torch.device) -> Tensor:
+        """Positions of the kept entries, or numbers of the kept rows, int64 ascending, on `device`."""
+        if self.is_all:
+            return torch.arange(self.count, device=device)
+        return self._units().to(device)
+
     def positions(self) -> Tensor:
         """Positions of the kept entries in the flattened piece, int64 (count,)."""
         if self.is_all:
@@ -85,8 +92,8 @@ class Entries:
         units = self._units()
         if self.unit == "entry":
             return units
-        within = torch.arange(self._width, device=units.device)
-        return (units.unsqueeze(1) * self._width + within).view(-1)
+        within = torch.arange(self.width, device=units.device)
+        return (units.unsqueeze(1) * self.width + within).view(-1)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The kept entries of `tensor` (in the piece's shape), 1-D (count,); a view if they are all."""
@@ -106,7 +113,7 @@ class Entries:
         if self.is_all:
             flat.copy_(values)
         elif self.unit == "row":
-            tensor.view(self.shape[0], -1).index_copy_(0, self._units(), values.view(-1, self._width))
+            tensor.view(self.shape[0], -1).index_copy_(0, self._units(), values.view(-1, self.width))
         elif self.form == "int32":
             assert self.index is not None
             flat.index_copy_(0, self.index.long(), values)
@@ -115,11 +122,6 @@ class Entries:
             for start, part in self._expanded():
                 flat[start : start + _SLICE].index_copy_(0, part, values[done : done + part.numel()])
                 done += part.numel()
-
-    def to(self, device: torch.device) -> Entries:
-        """The same set with its index on `device`."""
-        index = None if self.index is None else self.index.to(device)
-        return Entries(self.shape, self.form, self.unit, index, self._chosen)
 
     def state(self) -> dict[str, Any]:
         """Plain values from which, with `index`, `restore` makes an equal object."""

@@ -18,11 +18,14 @@ from blockllm_cli.errors import InputError
 from blockllm_cli.footprint import Category
 from blockllm_cli.optim.blocks import Piece
 from blockllm_cli.optim.entries import Entries, positions_within
+from blockllm_cli.optim.pool import Pool
 from blockllm_cli.optim.precision import Precision
 from blockllm_cli.optim.rules import DenseRule
 from blockllm_cli.optim.stored import Stored, StoredRule
 
 Policy = Literal["drop", "keep", "offload"]
+
+MASTER = "master"
 
 
 @dataclass
@@ -61,16 +64,26 @@ class KeptState:
         policy: what becomes of the state of entries that stop: it is dropped; the same, but entries that are wanted
             again at once go on with theirs ("keep"); or it waits in host memory until they are ("offload"). With "drop"
             every start is from zero.
+        weights_move: whether others write entries that have no active state, so that a parked master copy is stale.
     """
 
-    def __init__(self, rule: DenseRule, precision: Precision, seed: int, policy: Policy = "drop") -> None:
+    def __init__(
+        self,
+        rule: DenseRule,
+        precision: Precision,
+        seed: int,
+        policy: Policy = "drop",
+        *,
+        weights_move: bool = False,
+    ) -> None:
         self._rule = rule
         self._precision = precision
         self._policy = policy
         self._stored_rule = StoredRule(rule, precision, seed)
         self._weights: dict[str, Tensor] = {}
         self.active: dict[str, list[Record]] = {}
-        self.parked: dict[str, list[Record]] = {}
+        self.parked: dict[str, Pool] = {}
+        self._weights_move = weights_move
         self._records_made = 0
 
     def attach(self, weights: Mapping[str, Tensor]) -> None:
@@ -98,7 +111,16 @@ class KeptState:
         for key in keys:
             records = self.active.pop(key, [])
             if self._policy == "offload":
-                self.parked.setdefault(key, []).extend(_to_host(record) for record in records)
+                self._park(key, [_pool_of(record) for record in records])
+
+    def _park(self, key: str, pools: list[Pool]) -> None:
+        pool = Pool.merged([*pools, *self._parked_pools(key)], torch.device("cpu"))
+        if pool is not None and pool.units.numel():
+            self.parked[key] = Pool(pool.units.int(), pool.counters, pool.values)
+
+    def _parked_pools(self, key: str) -> list[Pool]:
+        pool = self.parked.pop(key, None)
+        return [] if pool is None else [pool]
 
     def start(self, piece: Piece, entries: Entries) -> None:
         """Train exactly `entries` of `piece` from the next update on.
@@ -110,32 +132,39 @@ class KeptState:
         if self._policy == "drop":
             held.clear()  # freed before anything is allocated
             self.active[piece.key] = [self._new(piece, entries)]
-            return
-        held += self.parked.pop(piece.key, [])
-        if entries.is_all and len(held) == 1 and held[0].entries.is_all:
-            self.active[piece.key] = [self._back(held[0])]
-            return
-        self.active[piece.key] = list(self._divided(piece, entries, held))
+        elif entries.is_all and len(held) == 1 and held[0].entries.is_all:
+            self.active[piece.key] = held
+        else:
+            self.active[piece.key] = list(self._divided(piece, entries, held))
 
     def _divided(self, piece: Piece, entries: Entries, held: list[Record]) -> Iterator[Record]:
-        """Records that make up `entries`: parts of those in `held`, then a new one; the other parts stop."""
+        """Records that make up `entries`: one for each counter there is, then a new one; what is left over stops."""
         device = self.weight(piece).device
-        wanted = _positions(entries, device)
-        unknown = torch.ones_like(wanted, dtype=torch.bool)
-        while held:
-            record = held.pop(0)
-            mine = _positions(record.entries, device)
-            stays = positions_within(mine, wanted)
-            unknown &= ~positions_within(wanted, mine)
-            if self._policy == "offload" and not stays.all():
-                rest = self._part(record, mine, ~stays)
-                self.parked.setdefault(piece.key, []).append(_to_host(rest))
-            if stays.all():
-                yield self._back(record)
-            elif stays.any():
-                yield self._back(self._part(record, mine, stays))
+        wanted = entries.units(device)
+        parked = self._parked_pools(piece.key)
+        pool = Pool.merged(
+            [*map(_pool_of, held), *parked], torch.device("cpu") if self._policy == "offload" else device
+        )
+        held.clear()
+        if pool is None:
+            yield self._new(piece, entries)
+            return
+        chosen = pool.among(wanted)
+        if self._policy == "offload" and not chosen.all():
+            self._park(piece.key, [pool.part(~chosen)])
+        for counter, part in pool.part(chosen).by_counter().items():
+            yield self._record(piece, Entries.of(part.units.to(device), piece.shape, entries.unit), part, counter)
+        unknown = ~positions_within(wanted, pool.units.to(device))
         if unknown.any():
-            yield self._new(piece, Entries.of(wanted[unknown], piece.shape))
+            yield self._new(piece, Entries.of(wanted[unknown], piece.shape, entries.unit))
+
+    def _record(self, piece: Piece, entries: Entries, pool: Pool, counter: int) -> Record:
+        device = self.weight(piece).device
+        values = {name: value.reshape(-1).to(device) for name, value in pool.values.items()}
+        master = values.pop(MASTER, None)
+        if self._weights_move or master is None:
+            master = self._master(piece, entries)
+        return Record(piece, self._serial(), entries, values, counter, master)
 
     def _new(self, piece: Piece, entries: Entries) -> Record:
         weight = self.weight(piece)
@@ -153,22 +182,6 @@ class KeptState:
         if not self._precision.has_master:
             return None
         return entries.gather(self.weight(piece)).to(torch.float32, copy=True)
-
-    def _part(self, record: Record, positions: Tensor, chosen: Tensor) -> Record:
-        """The entries of `record` at `positions[chosen]`, copies."""
-        slots = {slot: values[chosen.to(values.device)] for slot, values in record.slots.items()}
-        master = None if record.master is None else record.master[chosen.to(record.master.device)]
-        entries = Entries.of(positions[chosen], record.piece.shape)
-        return Record(record.piece, self._serial(), entries, slots, record.counter, master)
-
-    def _back(self, record: Record) -> Record:
-        """The record on the weights' device, with a master copy; a parked one has none, for the weight may move."""
-        device = self.weight(record.piece).device
-        record.entries = record.entries.to(device)
-        record.slots = {slot: values.to(device) for slot, values in record.slots.items()}
-        if record.master is None:
-            record.master = self._master(record.piece, record.entries)
-        return record
 
     @torch.no_grad()
     def update(
@@ -217,23 +230,26 @@ class KeptState:
 
     def held(self) -> Iterator[tuple[str, Category, Tensor]]:
         """Every tensor of the state with a name of its own and its category."""
-        for what, group in (("", self.active), ("parked.", self.parked)):
-            for records in group.values():
-                for record in records:
-                    for slot, tensor in record.slots.items():
-                        yield f"{what}{record.key}.{slot}", "optimizer_state", tensor
-                    if record.entries.index is not None:
-                        yield f"{what}{record.key}.index", "indices", record.entries.index
-                    if record.master is not None:
-                        yield f"{what}{record.key}.master", "master_weights", record.master
+        for record in self.records():
+            for slot, tensor in record.slots.items():
+                yield f"{record.key}.{slot}", "optimizer_state", tensor
+            if record.entries.index is not None:
+                yield f"{record.key}.index", "indices", record.entries.index
+            if record.master is not None:
+                yield f"{record.key}.{MASTER}", "master_weights", record.master
+        for key, pool in self.parked.items():
+            for name, tensor in pool.values.items():
+                yield f"{key}@parked.{name}", "master_weights" if name == MASTER else "optimizer_state", tensor
+            yield f"{key}@parked.units", "indices", pool.units
+            yield f"{key}@parked.counters", "indices", pool.counters
 
     @property
     def first_moment_entries(self) -> int:
         """Elements of the first state tensor of all records, parked ones too; 0 for a rule without state."""
         if not self._rule.slots:
             return 0
-        every = [*self.active.values(), *self.parked.values()]
-        return sum(record.entries.count for records in every for record in records)
+        parked = sum(pool.values[self._rule.slots[0]].numel() for pool in self.parked.values())
+        return self.entries + parked
 
     def active_entries(self, keys: Iterable[str]) -> int:
         """Entries trained of the pieces with these keys."""
@@ -254,13 +270,10 @@ class KeptState:
                 "serial": record.serial,
                 "counter": record.counter,
                 "entries": record.entries.state(),
-                "parked": parked,
             }
-            for parked, group in ((False, self.active), (True, self.parked))
-            for records in group.values()
-            for record in records
+            for record in self.records()
         ]
-        made = {"records": described, "records_made": self._records_made}
+        made = {"records": described, "parked": list(self.parked), "records_made": self._records_made}
         return {**made, **{name: tensor for name, _, tensor in self.held()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -275,8 +288,9 @@ class KeptState:
         remaining = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
         for saved in state["records"]:
             record = self._restored(saved, state)
-            group = self.parked if saved["parked"] else self.active
-            group.setdefault(record.piece.key, []).append(record)
+            self.active.setdefault(record.piece.key, []).append(record)
+        for key in state["parked"]:
+            self.parked[key] = self._restored_pool(key, state)
         missing = sorted(name for name, _, _ in self.held() if name not in remaining)
         extra = sorted(remaining.keys() - {name for name, _, _ in self.held()})
         if missing or extra:
@@ -287,30 +301,38 @@ class KeptState:
         piece = Piece(saved["parameter"], tuple(saved["shape"]), rows)
         if piece.parameter not in self._weights or self.weight(piece).shape != piece.shape:
             raise InputError(f"the state to load is of {piece.key} with shape {piece.shape}: the model has none such")
-        device = torch.device("cpu") if saved["parked"] else self.weight(piece).device
-        name = f"{'parked.' if saved['parked'] else ''}{piece.key}@{saved['serial']}"
-
-        def tensor(part: str) -> Tensor:
-            if f"{name}.{part}" not in state:
-                raise InputError(_what_differs([f"{name}.{part}"], []))
-            found: Tensor = state[f"{name}.{part}"]
-            return found.to(device, copy=True)
-
-        index = None if saved["entries"]["form"] == "none" else tensor("index")
+        device, name = self.weight(piece).device, f"{piece.key}@{saved['serial']}"
+        index = None if saved["entries"]["form"] == "none" else _saved(state, f"{name}.index").to(device, copy=True)
         entries = Entries.restore(saved["entries"], index)
-        slots = {slot: tensor(slot) for slot in self._rule.slots}
-        has_master = self._precision.has_master and not saved["parked"]
-        master = tensor("master") if has_master else None
-        wanted = [(slot, values, self._precision.moments) for slot, values in slots.items()]
-        if master is not None:
-            wanted.append(("master", master, torch.float32))
-        for part, values, dtype in wanted:
-            if values.shape != (entries.count,) or values.dtype != dtype:
-                raise InputError(
-                    f"{name}.{part}: the state to load is {tuple(values.shape)} {values.dtype}, the run needs "
-                    f"({entries.count},) {dtype}"
-                )
+        slots = {}
+        for slot in self._rule.slots:
+            slots[slot] = _saved(state, f"{name}.{slot}", (entries.count,), self._precision.moments)
+        master = None
+        if self._precision.has_master:
+            master = _saved(state, f"{name}.{MASTER}", (entries.count,), torch.float32).to(device, copy=True)
+        slots = {slot: values.to(device, copy=True) for slot, values in slots.items()}
         return Record(piece, saved["serial"], entries, slots, saved["counter"], master)
+
+    def _restored_pool(self, key: str, state: Mapping[str, Any]) -> Pool:
+        units = _saved(state, f"{key}@parked.units")
+        counters = _saved(state, f"{key}@parked.counters", tuple(units.shape), torch.int32)
+        names = [*self._rule.slots, *([MASTER] if self._precision.has_master else [])]
+        values = {name: _saved(state, f"{key}@parked.{name}").clone() for name in names}
+        return Pool(units.clone(), counters.clone(), values)
+
+
+def _saved(
+    state: Mapping[str, Any], name: str, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The tensor `name` of a saved state, of `shape` and `dtype` if they are given."""
+    if not isinstance(state.get(name), Tensor):
+        raise InputError(_what_differs([name], []))
+    found: Tensor = state[name]
+    if shape is not None and (tuple(found.shape) != shape or found.dtype != dtype):
+        raise InputError(
+            f"{name}: the state to load is {tuple(found.shape)} {found.dtype}, the run needs {shape} {dtype}"
+        )
+    return found
 
 
 def _what_differs(missing: list[str], extra: list[str]) -> str:
@@ -318,13 +340,12 @@ def _what_differs(missing: list[str], extra: list[str]) -> str:
     return f"the optimizer state to load {what} ({len(missing)} missing, {len(extra)} unexpected)"
 
 
-def _positions(entries: Entries, device: torch.device) -> Tensor:
-    return torch.arange(entries.count, device=device) if entries.is_all else entries.positions().to(device)
-
-
-def _to_host(record: Record) -> Record:
-    """The record with its state in host memory; a master copy is made anew when it comes back."""
-    record.slots = {slot: values.cpu() for slot, values in record.slots.items()}
-    record.entries = record.entries.to(torch.device("cpu"))
-    record.master = None
-    return record
+def _pool_of(record: Record) -> Pool:
+    device = next(iter(record.slots.values())).device
+    units = record.entries.units(device)
+    values = {**record.slots, **({} if record.master is None else {MASTER: record.master})}
+    return Pool(
+        units,
+        torch.full(units.shape, record.counter, dtype=torch.int32, device=device),
+        {name: value.view(units.numel(), record.entries.width) for name, value in values.items()},
+    )

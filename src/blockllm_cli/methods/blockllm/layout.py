@@ -9,7 +9,7 @@ from math import prod
 
 from blockllm_cli.errors import RecipeError
 from blockllm_cli.methods.blockllm.options import BlockLLMOptions
-from blockllm_cli.model.roles import layer_of, role_of
+from blockllm_cli.model.roles import ROLES, layer_of, role_of
 from blockllm_cli.optim.blocks import Block, Piece, cut_blocks
 from blockllm_cli.optim.selection import budget
 
@@ -51,7 +51,8 @@ def lay_out(shapes: Shapes, options: BlockLLMOptions) -> Layout:
     """
     always = {name for name in shapes if _is_always(name, options)}
     for pattern in options.always:
-        if not any(_matches(pattern, name) for name in shapes):
+        # A role may be absent, as the head is where embeddings are tied; an expression that finds nothing is a mistake.
+        if pattern not in ROLES and not any(_matches(pattern, name) for name in shapes):
             raise RecipeError(f"method.always: {pattern!r} finds no parameter; the model's are {', '.join(shapes)}")
     riders = _riders(shapes, always, options)
     competing = {name: shape for name, shape in shapes.items() if name not in always and name not in riders}

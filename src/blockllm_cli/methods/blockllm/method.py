@@ -60,7 +60,7 @@ class BlockLLM(Method):
         self._precision = precision
         self._accumulator = precision.accumulator(setting.micro_batches)
         rule = AdamRule(options.betas, options.eps, options.weight_decay, decoupled=True)
-        self._state = KeptState(rule, precision, setting.seed, options.state)
+        self._state = KeptState(rule, precision, setting.seed, options.state, weights_move=options.inactive != "none")
         self._inactive: InactiveRule | None = None
         if options.inactive != "none":
             self._inactive = InactiveRule(options.inactive, options.inactive_scale, precision, setting.seed)
@@ -328,7 +328,7 @@ class BlockLLM(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""
-        for key in ("choice", "records", "records_made"):
+        for key in ("choice", "records", "parked", "records_made"):
             if key not in state:
                 raise InputError(f"the state to load has no {key!r}: it is not that of blockllm")
         self._state.load_state_dict(state)

@@ -157,7 +157,7 @@ class OfficialBlockLLM(BlockLLM):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""
-        for key in ("release", "records", "records_made"):
+        for key in ("release", "records", "parked", "records_made"):
             if key not in state:
                 raise InputError(f'the state to load has no {key!r}: it is not that of blockllm, variant "official"')
         self._state.load_state_dict(state)

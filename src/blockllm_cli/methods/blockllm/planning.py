@@ -41,11 +41,10 @@ def plan_tensors(
         plans.append(_state(f"candidates.{slot}", "optimizer_state", (state,), precision.moments))
     if precision.has_master:
         plans += [_state(f"{name}.master", "master_weights", shape, torch.float32) for name, shape in named.items()]
-        # Parked entries have none.
-        masters = state if options.state == "keep" else entries
-        plans.append(_state("candidates.master", "master_weights", (masters,), torch.float32))
-    if options.mask != "none" and not layout.nothing_to_choose:
-        plans.append(_state("candidates.index", "indices", (_index_bytes(layout, options, state),), torch.uint8))
+        plans.append(_state("candidates.master", "master_weights", (state,), torch.float32))
+    index_bytes = 0 if layout.nothing_to_choose else _index_bytes(layout, options, entries)
+    if index_bytes:
+        plans.append(_state("candidates.index", "indices", (index_bytes,), torch.uint8))
     return plans
 
 
@@ -59,19 +58,18 @@ def _state_entries(layout: Layout, options: BlockLLMOptions, entries: int) -> in
     return entries if options.mask == "none" else min(2 * entries, layout.candidates)
 
 
-def _index_bytes(layout: Layout, options: BlockLLMOptions, state: int) -> int:
-    """Bytes of indices at most: 4 for every entry (or row) kept, and with "drop" a bit for each there is."""
-    units = {
-        piece.key: piece.shape[0] if options.mask == "row" else piece.size
-        for block in layout.blocks
-        for piece in block.pieces
-    }
-    kept = 4 * state
-    if options.mask == "row":
-        narrowest = min(prod(piece.shape[1:]) for block in layout.blocks for piece in block.pieces)
-        kept = 4 * (state // narrowest) if options.state == "drop" else kept
-    bits = sum(-(-count // 8) for count in units.values())
-    return min(kept, bits) if options.state == "drop" else kept
+def _index_bytes(layout: Layout, options: BlockLLMOptions, entries: int) -> int:
+    """Bytes of indices at most: 4 for each kept entry or row, or a bit for each there is; 8 for each parked one."""
+    pieces = [piece for block in layout.blocks for piece in block.pieces]
+    units = [piece.shape[0] if options.mask == "row" else piece.size for piece in pieces]
+    narrowest = min(prod(piece.shape[1:]) for piece in pieces) if options.mask == "row" else 1
+    active = 0 if options.mask == "none" else 4 * (entries // narrowest)
+    if options.state == "drop":
+        return min(active, sum(-(-count // 8) for count in units))
+    if options.state == "keep":
+        return 2 * active
+    riders = sum(prod(layout.shapes[name]) for name in layout.riders)
+    return active + 8 * (sum(units) + riders)
 
 
 def _gradients(layout: Layout, options: BlockLLMOptions, dtype: str, *, is_layerwise: bool) -> Iterator[TensorPlan]:
