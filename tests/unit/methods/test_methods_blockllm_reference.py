@@ -66,7 +66,7 @@ class Case(NamedTuple):
             options |= {"granularity": "tensor", "groups": GROUPS}
         if self.inactive != "none":
             options["inactive_scale"] = 0.3
-        return options | {"betas": (0.9, 0.99), "eps": 1e-6}
+        return options | {"betas": (0.9, 0.99), "eps": 1e-4}
 
 
 CASES = [
@@ -209,8 +209,7 @@ class Duel:
 
     def _compare_entries(self, step: int, before: dict[str, torch.Tensor], expected: Outcome) -> None:
         """Where Adam trains, and nowhere else, weights move; what moves by the other rule the weights tell."""
-        held = sum(int(kept.sum()) for kept in self.reference.kept.values())
-        assert self.method.state_entries == held, self.where(step)
+        assert self.method.state_entries == self.reference.state_entries, self.where(step)
         if self.case.inactive != "none":
             return
         for name, weight in self.model.named_parameters():

@@ -47,7 +47,6 @@ class OfficialBlockLLM(BlockLLM):
         assert options.update_freq is not None  # filled by the variant
         return Released(
             sizes={name: size for name, size in sizes.items() if self.trains(name)},
-            total=sum(sizes.values()),
             sparsity=options.sparsity,
             update_freq=options.update_freq,
             patience=options.patience,
@@ -61,7 +60,7 @@ class OfficialBlockLLM(BlockLLM):
         released = self._make(shapes)
         count = int((1 - self._options.sparsity) * len(released.sizes))
         largest = sorted(released.sizes.values(), reverse=True)
-        most = max(sum(largest[:count]), int((1 - self._options.sparsity) * released.total))
+        most = max(sum(largest[:count]), released.limit)
         most = min(most, sum(largest))
         watched = sum(largest[: self._options.probe])
         moments = str(self._precision.moments).removeprefix("torch.")
@@ -143,7 +142,7 @@ class OfficialBlockLLM(BlockLLM):
             "kind": "selection",
             "number": None,
             "cause": "release",
-            "budget": int((1 - self._options.sparsity) * released.total),
+            "budget": released.limit,
             "candidates": sum(released.sizes.values()),
             "kept": sum(released.sizes[name] for name in released.selected),
             "share": 1.0,

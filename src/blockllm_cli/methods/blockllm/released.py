@@ -22,7 +22,6 @@ class Released:
 
     Attributes:
         sizes: elements of each eligible tensor.
-        total: elements of all parameters of the model.
         sparsity: share of elements that do not train.
         update_freq: a selection can only come at multiples of this many updates.
         patience: losses averaged.
@@ -37,7 +36,6 @@ class Released:
     """
 
     sizes: Mapping[str, int]
-    total: int
     sparsity: float
     update_freq: int
     patience: int
@@ -49,6 +47,11 @@ class Released:
     norms: dict[str, float] = field(default_factory=dict)
     visits: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+
+    @property
+    def limit(self) -> int:
+        """Elements that a selection stays below; embedding and head do not count in."""
+        return int((1 - self.sparsity) * sum(self.sizes.values()))
 
     def begin(self) -> None:
         """The start: that share of the *tensors*, not of their elements, drawn at random."""
@@ -80,7 +83,6 @@ class Released:
         return sum(self.losses) / len(self.losses) < sum(newest) / len(newest)
 
     def _select(self, step: int) -> None:
-        limit = int((1 - self.sparsity) * self.total)
         score = {name: norm / exp(self.visits[name] / step) for name, norm in self.norms.items()}
         ranked = sorted(score, key=lambda name: score[name], reverse=True)
         self.selected, size = [], 0
@@ -89,7 +91,7 @@ class Released:
         # size still counts, so that nothing smaller follows it.
         for name in [*ranked, *unknown]:
             size += self.sizes[name]
-            if size >= limit:
+            if size >= self.limit:
                 break
             self.selected.append(name)
         self._count_visits()
