@@ -40,6 +40,7 @@ class Entries:
         self.unit: Unit = unit
         self.index = index
         self._chosen = chosen
+        self._slices = _slice_counts(index) if form == "bitmap" and index is not None else []
         self.width = 1 if unit == "entry" else prod(shape[1:])
         self.count = chosen * self.width
 
@@ -57,6 +58,7 @@ class Entries:
         """
         shape = tuple(shape)
         units = prod(shape) if unit == "entry" else shape[0]
+        positions = positions.contiguous()
         if positions.numel() == units:
             return cls.all(shape)
         if units > 2**31:
@@ -140,6 +142,8 @@ class Entries:
         found = None if index is None else (index.numel(), index.dtype)
         if found != wanted[made.form]:
             raise InputError(f"an index of kept entries is {found}, {wanted[made.form]} is wanted for {saved}")
+        if made.form == "bitmap" and sum(made._slices) != saved["chosen"]:
+            raise InputError(f"an index of kept entries has {sum(made._slices)} bits set, not as {saved} says")
         return made
 
     def _units(self) -> Tensor:
@@ -149,13 +153,27 @@ class Entries:
         return torch.cat([part + start for start, part in self._expanded()])
 
     def _expanded(self) -> Iterator[tuple[int, Tensor]]:
-        """(first position, set positions relative to it as int64) of consecutive slices of a bitmap."""
+        """(first position, set positions relative to it as int64) of consecutive slices of a bitmap.
+
+        Their number is known beforehand, so that the host need not wait for the device.
+        """
         assert self.index is not None
-        bits = torch.arange(8, dtype=torch.uint8, device=self.index.device)
-        for start in range(0, self.index.numel(), _SLICE // 8):
-            part = self.index[start : start + _SLICE // 8]
-            flags = (part.unsqueeze(1) >> bits).bitwise_and_(1)
-            yield start * 8, flags.view(-1).nonzero().view(-1)
+        for number, (start, flags) in enumerate(_flags(self.index)):
+            yield start, torch.nonzero_static(flags, size=self._slices[number]).view(-1)
+
+
+def _flags(bitmap: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first position, a uint8 flag for each position) of consecutive slices of a bitmap."""
+    bits = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
+    for start in range(0, bitmap.numel(), _SLICE // 8):
+        part = bitmap[start : start + _SLICE // 8]
+        yield start * 8, (part.unsqueeze(1) >> bits).bitwise_and_(1).view(-1)
+
+
+def _slice_counts(bitmap: Tensor) -> list[int]:
+    """Bits set in each of the slices of `_flags`, read in one transfer."""
+    counts = [flags.count_nonzero() for _, flags in _flags(bitmap)]
+    return [int(count) for count in torch.stack(counts).tolist()] if counts else []
 
 
 def _packed(positions: Tensor, units: int) -> Tensor:
@@ -183,10 +201,11 @@ def largest_entries(gradient: Tensor, count: int) -> Tensor:
     """Positions of the `count` largest magnitudes, int64, ascending; ties go to the lower position.
 
     Args:
-        gradient: any shape and float dtype, finite; not modified.
+        gradient: any shape and float dtype of 16 bits or more; not modified. NaN counts as larger than infinity, so
+            that what is kept of a gradient that is not finite is not finite either, which the kept norm shows.
         count: 0 to the number of entries.
     """
-    return _largest(gradient.reshape(-1).abs(), count)
+    return _largest(gradient.reshape(-1), count)
 
 
 def largest_rows(gradient: Tensor, count: int) -> Tensor:
@@ -196,11 +215,44 @@ def largest_rows(gradient: Tensor, count: int) -> Tensor:
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
+    """Positions of the `count` largest magnitudes of a 1-D tensor; memory is bounded by a slice and the result."""
     if count == 0:
         return torch.empty(0, dtype=torch.int64, device=values.device)
-    # The smallest value that is kept; whatever is larger is kept for certain, equal ones from the left.
-    threshold = torch.topk(values, count, sorted=False).values.amin()
-    above = values > threshold
-    equal = (values == threshold).nonzero().view(-1)
-    above[equal[: count - int(above.count_nonzero())]] = True
-    return above.nonzero().view(-1)
+    threshold, ties = _threshold(values, count)
+    chosen = []
+    for start, keys in _keys(values):
+        taken = keys > threshold
+        equal = (keys == threshold).nonzero().view(-1)[:ties]
+        taken[equal] = True
+        ties -= equal.numel()
+        chosen.append(taken.nonzero().view(-1) + start)
+    return torch.cat(chosen)
+
+
+def _threshold(values: Tensor, count: int) -> tuple[int, int]:
+    """The `count`-th largest key, and how many of the keys equal to it are among the `count` largest.
+
+    A radix selection: the key is found 16 bits at a time by counting how often each value of these bits occurs among
+    the keys that agree with what was found before. Counts are exact, so the result is the same on every device.
+    """
+    highest = 8 * values.element_size() - 16
+    found = 0
+    for shift in range(highest, -1, -16):
+        times = torch.zeros(2**16, dtype=torch.int64, device=values.device)
+        for _, keys in _keys(values):
+            digits = keys >> shift
+            if shift != highest:
+                digits = digits[keys >> (shift + 16) == found].bitwise_and_(2**16 - 1)
+            times += torch.bincount(digits, minlength=2**16)
+        at_least = times.flip(0).cumsum(0).flip(0)
+        digit = int((at_least >= count).count_nonzero()) - 1
+        count -= int(at_least[digit] - times[digit])
+        found = found << 16 | digit
+    return found, count
+
+
+def _keys(values: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first position, whole numbers in the order of the magnitudes) of consecutive slices: the bits without sign."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    for start in range(0, values.numel(), _SLICE):
+        yield start, values[start : start + _SLICE].abs().view(whole)

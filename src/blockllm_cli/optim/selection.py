@@ -20,6 +20,9 @@ from torch import Tensor
 
 Cause = Literal["first", "patience", "max_interval"]
 
+_MOST_UNREAD = 100
+"""Updates whose norms may stay on the device, so that a run that never selects does not gather them without end."""
+
 
 def exact(value: float) -> Fraction:
     """The decimal number that was written: 0.9 is nine tenths."""
@@ -41,23 +44,33 @@ class Norms:
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
         self._steps: dict[str, int] = {}
-        self._unread: dict[str, tuple[Tensor, int]] = {}
+        self._unread: list[tuple[list[str], Tensor, int]] = []
 
     def note(self, norms: Mapping[str, Tensor], step: int) -> None:
-        """Take the norms (scalars, any float dtype) of blocks at update `step`."""
-        self._unread.update({name: (norm, step) for name, norm in norms.items()})
+        """Take the norms (scalars, any float dtypes, one device) of blocks at update `step`."""
+        if norms:
+            self._unread.append((list(norms), torch.stack(list(norms.values())), step))
+        if len(self._unread) >= _MOST_UNREAD:
+            self.read()
+
+    def put(self, norms: Mapping[str, float], step: int) -> None:
+        """Take norms of blocks at update `step` that the host knows already."""
+        self.read()
+        self._settle(norms, step)
 
     def read(self) -> dict[str, float]:
         """Norm by block, for those that have one."""
         if self._unread:
-            names = list(self._unread)
-            values = torch.stack([self._unread[name][0].double() for name in names]).tolist()
-            for name, value in zip(names, values, strict=True):
-                if math.isfinite(value):
-                    self._values[name] = value
-                    self._steps[name] = self._unread[name][1]
+            values = iter(torch.cat([norms for _, norms, _ in self._unread]).tolist())
+            for names, _, step in self._unread:
+                self._settle({name: next(values) for name in names}, step)
             self._unread.clear()
         return dict(self._values)
+
+    def _settle(self, norms: Mapping[str, float], step: int) -> None:
+        for name, norm in norms.items():
+            if math.isfinite(norm):
+                self._values[name], self._steps[name] = norm, step
 
     def step_of(self, name: str) -> int | None:
         """Update at which the norm of a block was taken, or None."""
