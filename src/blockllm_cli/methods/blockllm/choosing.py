@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from blockllm_cli.errors import GuardError
@@ -200,7 +199,7 @@ class Chooser:
         if turn.selection is not None:
             # Norms known at a first selection are of blocks that may not be looked at again for a long time.
             if self.visits.selections == 0:
-                self.norms.note({name: _scalar(norm) for name, norm in turn.norms.items()}, turn.step)
+                self.norms.put(turn.norms, turn.step)
             self.visits.count(turn.selection.taken)
             self.share = turn.selection.share
             self._last_taken = turn.selection.taken[-1]
@@ -272,7 +271,3 @@ class Chooser:
     def trained(self) -> tuple[str, ...]:
         """Blocks that the last update trained."""
         return self._trained
-
-
-def _scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
