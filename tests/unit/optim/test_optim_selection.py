@@ -34,7 +34,7 @@ def test_norms_are_read_late_and_the_newest_finite_one_holds():
     norms = Norms()
     norms.note({"a": torch.tensor(1.5), "b": torch.tensor(2.0)}, 3)
     norms.note({"a": torch.tensor(float("nan")), "b": torch.tensor(4.0)}, 4)
-    assert norms.read() == {"b": 4.0}
+    assert norms.read() == {"a": 1.5, "b": 4.0}
     norms.note({"a": torch.tensor(1.0)}, 5)
     norms.read()
     norms.note({"a": torch.tensor(float("inf"))}, 6)
