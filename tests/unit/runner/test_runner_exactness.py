@@ -14,6 +14,10 @@ CASES = [
     ("sgd:momentum=0.9", "bf16_master", "pack", 0),
     ("adam", "bf16_papers", "pack", 0),
     ("frozen", "fp32", "truncate", 2),
+    ("blockllm:patience=4,max_interval=7", "bf16_master", "pack", 2),
+    ("blockllm:mask=entry,density=0.2,state=keep,patience=4,max_interval=7", "bf16", "truncate", 0),
+    ("blockllm:variant=paper,max_interval=7,state=offload,patience=4", "bf16_papers", "pack", 0),
+    ("blockllm:inactive=normalized,mask=row,density=0.3,patience=4,max_interval=7", "fp32", "pack", 0),
 ]
 
 
@@ -31,6 +35,8 @@ def test_60_updates_are_17_and_13_and_30(tiny, method, precision, layout, worker
     if precision.startswith("bf16"):
         sets.append("run.rounding=stochastic")
     whole = tiny.run(*sets, method=method)
+    if method.startswith("blockllm"):
+        assert sum(event["kind"] == "selection" for event in whole.events) >= 5
     cut = tiny.run(*sets, method=method, stop_after=17)
     assert cut.summary["status"] == "stopped"
     assert cut.metrics[-1]["step"] == 17
