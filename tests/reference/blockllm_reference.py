@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SKETCH_SIZE = 1024
+from reference.blockllm_blocks import Block, Part, cut, layer, role
+
+SKETCH_SIZE = 1021
+"""Buckets of a sketch; a prime, since rows of 1024 entries would add whole columns into one bucket of 1024."""
 
 RECOMMENDED: dict[str, Any] = {
     "sparsity": 0.9,
@@ -43,25 +46,6 @@ RECOMMENDED: dict[str, Any] = {
 }
 
 
-class Part(NamedTuple):
-    """Rows [first, last) of a parameter; `sliced` if they are not all of it."""
-
-    name: str
-    first: int
-    last: int
-    sliced: bool
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}@{self.first}:{self.last}" if self.sliced else self.name
-
-
-class Block(NamedTuple):
-    name: str
-    parts: tuple[Part, ...]
-    size: int
-
-
 class Margin(NamedTuple):
     """How close a decision was: another implementation's rounding may turn over one whose `gap` is tiny.
 
@@ -74,7 +58,16 @@ class Margin(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one update did: `trained` has the entries that Adam moved, by parameter; `selection` is None if none fell."""
+    """What one update did.
+
+    Attributes:
+        loss: mean over the targets, before the update.
+        kept_norm: Euclidean norm of the gradient of the entries that Adam moves, before clipping.
+        selection: what was selected at its start, if anything.
+        trained: the entries that Adam moved, by parameter.
+        entered: blocks whose entries were chosen.
+        probed: blocks whose norm was sketched.
+    """
 
     loss: float
     kept_norm: float
@@ -82,54 +75,6 @@ class Outcome(NamedTuple):
     trained: dict[str, Tensor]
     entered: list[str]
     probed: list[str]
-
-
-def role(name: str) -> str:
-    if "embed_tokens" in name:
-        return "embedding"
-    if "lm_head" in name:
-        return "head"
-    return "norm" if "norm" in name else "body"
-
-
-def layer(name: str) -> int | None:
-    found = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else None
-
-
-def cut(weights: Mapping[str, Tensor], budget: int, granularity: str, groups: Sequence[str]) -> list[Block]:
-    """Blocks of at most `budget` entries, in the order of the parameters."""
-    members: dict[str, list[str]] = {}
-    for name in weights:
-        fitting = [pattern for pattern in groups if re.search(pattern, name)]
-        if fitting:
-            owner = fitting[0]
-        elif granularity == "layer" and layer(name) is not None:
-            owner = f"model.layers.{layer(name)}"
-        else:
-            owner = name
-        members.setdefault(owner, []).append(name)
-    blocks = []
-    for owner, names in members.items():
-        size = sum(weights[name].numel() for name in names)
-        if size <= budget:
-            parts = tuple(Part(name, 0, weights[name].shape[0], False) for name in names)
-            blocks.append(Block(owner, parts, size))
-            continue
-        for name in names:
-            blocks.extend(cut_tensor(name, weights[name], budget))
-    order = list(weights)
-    return sorted(blocks, key=lambda block: (order.index(block.parts[0].name), block.parts[0].first))
-
-
-def cut_tensor(name: str, weight: Tensor, budget: int) -> list[Block]:
-    rows, width = weight.shape[0], weight[0].numel()
-    count = next(k for k in range(1, rows + 1) if math.ceil(rows / k) * width <= budget)
-    blocks = []
-    for i in range(count):
-        part = Part(name, rows * i // count, rows * (i + 1) // count, sliced=count > 1)
-        blocks.append(Block(part.key, (part,), (part.last - part.first) * width))
-    return blocks
 
 
 class Reference:
@@ -142,7 +87,7 @@ class Reference:
         rates: update number -> (rate of the body, rate of embedding, head and norms).
         clip: limit of the kept norm; 0 is off.
         signs: (seed, key, entries, sketch size) -> +-1 per entry.
-        permutation: (seed, number of the selection from 0, blocks) -> order of the blocks.
+        permutation: (names of all blocks, number of the selection from 1) -> the names in random order.
     """
 
     def __init__(
@@ -154,7 +99,7 @@ class Reference:
         rates: Callable[[int], tuple[float, float]],
         clip: float = 0.0,
         signs: Callable[[int, str, int, int], Tensor],
-        permutation: Callable[[int, int, int], Sequence[int]],
+        permutation: Callable[[Sequence[str], int], Sequence[str]],
     ) -> None:
         assert options.keys() <= RECOMMENDED.keys(), options.keys() - RECOMMENDED.keys()
         self.model, self.seed, self.rates, self.clip = model, seed, rates, clip
@@ -222,7 +167,8 @@ class Reference:
             cause = self._cause(step)
             if cause is not None:
                 selection = self._select(step, cause)
-            entering = self._next_wave()
+            entering = self._wave(self.waiting)
+            self.waiting = self.waiting[len(entering) :]
             for block in entering:
                 self._choose_entries(step, block, gradients)
         trained = self._trained()
@@ -235,11 +181,17 @@ class Reference:
         names = [block.name for block in entering]
         return Outcome(loss, norm, selection, trained, names, [block.name for block in probed])
 
+    @property
+    def state_entries(self) -> int:
+        """Entries that hold moments, in host memory too."""
+        return sum(int((kept | (self.counts[name] > 0)).sum()) for name, kept in self.kept.items())
+
     def _gradients(self, batch: Any) -> tuple[float, dict[str, Tensor]]:
         """Mean loss over the targets, and the full gradient of every parameter."""
         logits = self.model(batch.input_ids, batch.documents).flatten(0, 1)[batch.positions]
         loss = F.cross_entropy(logits, batch.targets)
-        return float(loss), dict(zip(self.weights, torch.autograd.grad(loss, self.weights.values()), strict=True))
+        gradients = torch.autograd.grad(loss, self.weights.values())
+        return float(loss.detach()), dict(zip(self.weights, gradients, strict=True))
 
     # When.
 
@@ -267,7 +219,8 @@ class Reference:
     def _walk(self, step: int) -> list[Block]:
         """All blocks in the order in which they are offered."""
         if self.options["score"] == "random":
-            return [self.blocks[i] for i in self.permutation(self.seed, self.selections, len(self.blocks))]
+            by_name = {block.name: block for block in self.blocks}
+            return [by_name[name] for name in self.permutation(list(by_name), self.selections + 1)]
         if self.options["score"] == "cyclic":
             return self.blocks[self.after_last_taken :] + self.blocks[: self.after_last_taken]
         walk = sorted(self.blocks, key=self._score, reverse=True)  # stable: a tie goes to the earlier block
@@ -311,11 +264,12 @@ class Reference:
         taken, share = self._take(walk)
         scored = self.needs_norms
         selection = {
-            "step": step,
+            "number": self.selections + 1,
             "cause": cause,
             "blocks": [block.name for block in taken],
             "sizes": [block.size for block in taken],
             "kept": [self._kept_entries(block, share) for block in taken],
+            "enters": self._entering_updates(step, taken, share),
             "scores": [self._score(block) for block in taken] if scored else None,
             "ages": [step - self.known_at[block.name] for block in taken] if scored else None,
         }
@@ -340,13 +294,25 @@ class Reference:
 
     # Which entries.
 
-    def _next_wave(self) -> list[Block]:
-        """The blocks that enter now: as many as fit into the budget of dense gradients, one at least."""
+    def _wave(self, waiting: Sequence[Block]) -> list[Block]:
+        """The first blocks of `waiting`: as many as fit into the budget of dense gradients, one at least."""
         wave: list[Block] = []
         limit = max(self.budget, *(block.size for block in self.blocks))
-        while self.waiting and (not wave or sum(block.size for block in [*wave, self.waiting[0]]) <= limit):
-            wave.append(self.waiting.pop(0))
+        for block in waiting:
+            if wave and sum(other.size for other in wave) + block.size > limit:
+                break
+            wave.append(block)
         return wave
+
+    def _entering_updates(self, step: int, taken: list[Block], share: Fraction) -> list[int]:
+        """The update from which each block trains, unless another selection comes first."""
+        if share == 1:
+            return [step] * len(taken)
+        updates: list[int] = []
+        while len(updates) < len(taken):
+            updates += [step] * len(self._wave(taken[len(updates) :]))
+            step += 1
+        return updates
 
     def _choose_entries(self, step: int, block: Block, gradients: Mapping[str, Tensor]) -> None:
         for part in block.parts:
@@ -434,8 +400,8 @@ class Reference:
         for part in block.parts:
             flat = self._of(gradients, part).flatten()
             signed = flat * self.signs(self.seed, part.key, flat.numel(), SKETCH_SIZE)
-            for bucket in range(min(SKETCH_SIZE, flat.numel())):
-                total += float(signed[bucket::SKETCH_SIZE].sum()) ** 2
+            buckets = torch.zeros(SKETCH_SIZE).index_add(0, torch.arange(flat.numel()) % SKETCH_SIZE, signed)
+            total += float(buckets.double().square().sum())
         return math.sqrt(total)
 
     # Writing.
@@ -477,7 +443,9 @@ class Reference:
                     self._margin(step, "sign", float(moving[moving != 0].abs().min() / moving.abs().max()))
             else:
                 direction = moving / root if root > 0 else torch.zeros_like(moving)
-            self._of(self.weights, part)[rest] -= self._rate(step, part.name) * self.options["inactive_scale"] * direction
+            self._of(self.weights, part)[rest] -= (
+                self._rate(step, part.name) * self.options["inactive_scale"] * direction
+            )
 
     @staticmethod
     def _of(tensors: Mapping[str, Tensor], part: Part) -> Tensor:
