@@ -82,4 +82,5 @@ def test_every_tensor_moves_in_a_cycle_r18(tiny):
     method = "blockllm:score=cyclic,sparsity=0.5,max_interval=2,patience=100"
     assert tiny.run(method=method).summary["unmoved"] == []
     few = tiny.run("schedule.steps=2", "schedule.warmup=1", method="blockllm:score=cyclic")
-    assert 0 < len(few.summary["unmoved"]) < 14
+    assert "model.layers.0.self_attn.q_proj.weight" not in few.summary["unmoved"]
+    assert "model.layers.1.mlp.down_proj.weight" in few.summary["unmoved"]
