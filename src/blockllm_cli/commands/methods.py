@@ -1,23 +1,47 @@
-"""`blockllm methods`: the training methods and what each says about itself."""
+"""`blockllm methods`: the training methods, what each says about itself, and whether it keeps the contract."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from blockllm_cli.commands.options import JsonOption
+from blockllm_cli.errors import GuardError, RecipeError
 
 if TYPE_CHECKING:
     from blockllm_cli.methods.base import Method
+    from blockllm_cli.testing import Result
+
+SHOW = "show"
 
 
-def methods(
+class _ShowGroup(TyperGroup):
+    """A group whose command `show` need not be named: `methods`, `methods NAME`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `show` before arguments that name no command."""
+        named = args and args[0] in (*self.commands, *ctx.help_option_names)
+        return super().parse_args(ctx, list(args) if named else [SHOW, *args])
+
+
+app = typer.Typer(
+    cls=_ShowGroup,
+    help="List the training methods, describe one, or check one.\n\nExample: blockllm methods adamw",
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+
+
+@app.command(SHOW)
+def show(
     name: Annotated[str | None, typer.Argument(help="Method to describe; all are listed if left out.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the training methods, or describe one.
+    """List the training methods, or describe one; the word `show` can be left out.
 
     Example: blockllm methods adamw
     """
@@ -31,6 +55,66 @@ def methods(
         print(_list(described))
     else:
         print(_page(name, described[name]))
+
+
+@app.command("check")
+def check(
+    name: Annotated[str, typer.Argument(help="Method to check, of this package or of another.")],
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="Set one option of the method; repeat for more."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check on a tiny model that a method keeps the contract: under a minute, no data, no network.
+
+    Ends with 7 if it does not. `docs/plugins.md` says what the contract is.
+
+    Example: blockllm methods check adamw --option weight_decay=0.1
+    """
+    import torch
+
+    from blockllm_cli.methods.registry import method_class
+    from blockllm_cli.testing import run_suite
+
+    method = method_class(name)
+    options = _parsed(method, option or [])
+    torch.set_num_threads(1)  # the tensors are so small that a second thread only costs time
+    results = run_suite(method, options, (lambda result: None) if as_json else _print_result)
+    if as_json:
+        print(json.dumps([vars(result) for result in results], indent=2))
+    failed = [result for result in results if result.status == "failed"]
+    if failed:
+        raise GuardError(f"method {name} does not keep {len(failed)} of {len(results)} promises of the contract")
+    if not as_json:
+        print(f"method {name} keeps the contract: {sum(result.status == 'passed' for result in results)} checks passed")
+
+
+def _parsed(method: type[Method], texts: Sequence[str]) -> dict[str, Any]:
+    """The options that `--option` gives, each as the value of its field."""
+    from blockllm_cli.recipe.kinds import parse_text
+    from blockllm_cli.recipe.names import did_you_mean
+
+    fields = method.Options.model_fields
+    values = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals:
+            raise RecipeError(f"--option {text}: write key=value")
+        if key not in fields:
+            raise RecipeError(
+                f"--option {text}: {method.name} has no such option; {did_you_mean(key, 'method', fields)}"
+            )
+        values[key] = parse_text(value, fields[key])
+    return values
+
+
+def _print_result(result: Result) -> None:
+    words = {"passed": "ok", "failed": "FAILED", "not applicable": "-"}
+    print(f"{words[result.status]:<7} {result.title}  ({result.seconds:.1f} s)", flush=True)
+    if result.message:
+        print(f"        {result.message}", flush=True)
 
 
 def _describe(method: type[Method]) -> dict[str, Any]:

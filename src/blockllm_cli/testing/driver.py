@@ -123,12 +123,7 @@ def drive_update(
     between: Callable[[Mapping[str, Route]], None] = lambda routes: None,
     count_unchanged: bool = False,
 ) -> Driven:
-    """One whole update. Arguments as those of `ask_update`, and:
-
-    Args:
-        clip: limit of the kept norm; 0 is off.
-        count_unchanged: see `Method.update`.
-    """
+    """One whole update; `clip` limits the kept norm (0 is off), all else is as in `ask_update` and `Method.update`."""
     asked = ask_update(
         method,
         model,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from blockllm_cli.model.roles import DENSE_ROLES, role_of
 from blockllm_cli.optim.precision import PrecisionName, Rounding, precision_of
 from blockllm_cli.recipe.kinds import literal
 from blockllm_cli.recipe.load import check_table
-from blockllm_cli.recipe.origins import joined
-from blockllm_cli.testing.driver import Driven, drive_update
+from blockllm_cli.recipe.origins import ABSENT, Origin, Problem, describe, joined
+from blockllm_cli.testing.driver import Asked, Driven, ask_update, drive_update
 from blockllm_cli.testing.tiny import tiny_batch, tiny_config, tiny_llama
 
 PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "bf16", "bf16_master", "bf16_papers")
@@ -64,6 +63,11 @@ class Subject:
         return self.kind.facts.cycle.updates
 
     @property
+    def is_cycle(self) -> bool:
+        """Whether that word is given for these options."""
+        return self.kind.facts.cycle.options.keys() <= self.options.keys()
+
+    @property
     def rates(self) -> Rates:
         """Peak rates that the method publishes for the size that is nearest to the tiny model."""
         published = nearest_hyperparameters(self.kind.facts, tiny_config())[1]
@@ -77,6 +81,10 @@ class Subject:
     def has_option(self, key: str) -> bool:
         """Whether there is such an option, and the caller has not fixed it."""
         return key in self.kind.Options.model_fields and key not in self.options
+
+    def with_options(self, **options: Any) -> Subject:
+        """The same with other options beside its own."""
+        return replace(self, options={**self.options, **options})
 
     def method(
         self,
@@ -128,6 +136,11 @@ class Trial:
         rates = scaled(rates, self.method.rate_factor(step))
         return drive_update(self.method, self.model, step, rates, micro_batches=self.micro_batches, **keywords)
 
+    def ask(self, step: int, rates: Rates, **keywords: Any) -> Asked:
+        """An update up to the moment before anything is written; keywords of `ask_update`."""
+        rates = scaled(rates, self.method.rate_factor(step))
+        return ask_update(self.method, self.model, step, rates, micro_batches=self.micro_batches, **keywords)
+
     def run(self, steps: Iterable[int], rates: Rates, **keywords: Any) -> list[Driven]:
         """Updates one after the other."""
         return [self.update(step, rates, **keywords) for step in steps]
@@ -145,8 +158,13 @@ def checked(kind: type[Method], options: Mapping[str, Any], label: str = "") -> 
     """
     found, problems = check_table("method", kind.Options, dict(options))
     if found is None:
-        raise RecipeError(joined([f"{problem.key} {problem.text}" for problem in problems]))
+        lines = [describe(problem, Origin(f"options of {kind.name}"), _given(problem, options)) for problem in problems]
+        raise RecipeError(joined(lines))
     return Subject(kind, options, label)
+
+
+def _given(problem: Problem, options: Mapping[str, Any]) -> Any:
+    return options.get(problem.key.removeprefix("method."), ABSENT)
 
 
 def scaled(rates: Rates, factor: float) -> Rates:
@@ -159,43 +177,9 @@ def of_few_batches(step: int, rows: slice) -> Any:
     return tiny_batch(step % BATCHES, rows)
 
 
-def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
-    """Names of the tensors of which an entry has changed."""
-    return {name for name, value in after.items() if not torch.equal(value, before[name])}
-
-
 def is_dense(name: str) -> bool:
     """Whether the dense rate is that of the parameter `name`."""
     return role_of(name) in DENSE_ROLES
-
-
-def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """In words, the first key under which two states or sets of weights are not the same to the bit; empty if none."""
-    for key in [*one, *(key for key in other if key not in one)]:
-        if key not in one or key not in other:
-            return f"{key} is on one side only"
-        left, right = one[key], other[key]
-        if not isinstance(left, Tensor) or not isinstance(right, Tensor):
-            if left != right:
-                return f"{key} is {shortened(left)} and {shortened(right)}"
-        elif left.shape != right.shape or left.dtype != right.dtype:
-            return f"{key} is {tuple(left.shape)} {left.dtype} and {tuple(right.shape)} {right.dtype}"
-        elif not torch.equal(left, right):
-            different = left != right
-            largest = (left.double() - right.double()).abs().max().item()
-            return f"{key} differs in {int(different.sum())} of {left.numel()} entries, by up to {largest:.3g}"
-    return ""
-
-
-def shortened(value: object) -> str:
-    """`value` as text of bounded length."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def norm_of(changes: Iterable[Tensor]) -> float:
-    """Euclidean norm over all entries."""
-    return math.sqrt(sum(float(change.double().square().sum()) for change in changes))
 
 
 Check = Callable[[Subject], None]
