@@ -6,7 +6,7 @@ row masks the same forms speak of rows. Positions are row-major and ascending ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any, Literal
 
@@ -136,15 +136,22 @@ class Entries:
         Raises:
             InputError: the index is not what the values speak of.
         """
+        wanted = cls.stored_index(saved)
+        found = None if index is None else (tuple(index.shape), index.dtype)
+        if found != wanted:
+            raise InputError(f"an index of kept entries is {found}, {wanted} is wanted for {saved}")
         made = cls(tuple(saved["shape"]), saved["form"], saved["unit"], index, saved["chosen"])
-        units = prod(made.shape) if made.unit == "entry" else made.shape[0]
-        wanted = {"none": None, "bitmap": (-(-units // 8), torch.uint8), "int32": (saved["chosen"], torch.int32)}
-        found = None if index is None else (index.numel(), index.dtype)
-        if found != wanted[made.form]:
-            raise InputError(f"an index of kept entries is {found}, {wanted[made.form]} is wanted for {saved}")
         if made.form == "bitmap" and sum(made._slices) != saved["chosen"]:
             raise InputError(f"an index of kept entries has {sum(made._slices)} bits set, not as {saved} says")
         return made
+
+    @staticmethod
+    def stored_index(saved: Mapping[str, Any]) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Shape and dtype of the index that belongs to what `state` gave; None if there is none."""
+        units = prod(saved["shape"]) if saved["unit"] == "entry" else saved["shape"][0]
+        if saved["form"] == "none":
+            return None
+        return ((-(-units // 8),), torch.uint8) if saved["form"] == "bitmap" else ((saved["chosen"],), torch.int32)
 
     def _units(self) -> Tensor:
         assert self.index is not None
