@@ -8,7 +8,8 @@ by the same kernel, and scattered back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from blockllm_cli.errors import InputError
 from blockllm_cli.footprint import Category
 from blockllm_cli.optim.blocks import Piece
-from blockllm_cli.optim.entries import Entries, positions_within
+from blockllm_cli.optim.entries import Entries, Unit, positions_within
 from blockllm_cli.optim.pool import Pool
 from blockllm_cli.optim.precision import Precision
 from blockllm_cli.optim.rules import DenseRule
@@ -111,16 +112,30 @@ class KeptState:
         for key in keys:
             records = self.active.pop(key, [])
             if self._policy == "offload":
-                self._park(key, [_pool_of(record) for record in records])
+                self._park(key, [self._pool_of(record) for record in records])
 
     def _park(self, key: str, pools: list[Pool]) -> None:
-        pool = Pool.merged([*pools, *self._parked_pools(key)], torch.device("cpu"))
-        if pool is not None and pool.units.numel():
-            self.parked[key] = Pool(pool.units.int(), pool.counters, pool.values)
+        pools = [*pools, *self._parked_pools(key)]
+        if any(pool.units.numel() for pool in pools):
+            pool = Pool.merged(pools, torch.device("cpu"))
+            self.parked[key] = replace(pool, units=pool.units.int())
 
     def _parked_pools(self, key: str) -> list[Pool]:
         pool = self.parked.pop(key, None)
         return [] if pool is None else [pool]
+
+    def _pool_of(self, record: Record) -> Pool:
+        # All entries are all rows, which takes fewer units.
+        unit: Unit = "row" if record.entries.is_all else record.entries.unit
+        units = record.entries.units(self.weight(record.piece).device, unit)
+        values = {**record.slots, **({} if record.master is None else {MASTER: record.master})}
+        width = prod(record.piece.shape[1:]) if unit == "row" else 1
+        return Pool(
+            width,
+            units,
+            torch.full(units.shape, record.counter, dtype=torch.int32, device=units.device),
+            {name: value.view(-1, width) for name, value in values.items()},
+        )
 
     def start(self, piece: Piece, entries: Entries) -> None:
         """Train exactly `entries` of `piece` from the next update on.
@@ -140,23 +155,26 @@ class KeptState:
     def _divided(self, piece: Piece, entries: Entries, held: list[Record]) -> Iterator[Record]:
         """Records that make up `entries`: one for each counter there is, then a new one; what is left over stops."""
         device = self.weight(piece).device
-        wanted = entries.units(device)
-        parked = self._parked_pools(piece.key)
-        pool = Pool.merged(
-            [*map(_pool_of, held), *parked], torch.device("cpu") if self._policy == "offload" else device
-        )
+        pools = [*map(self._pool_of, held), *self._parked_pools(piece.key)]
         held.clear()
-        if pool is None:
+        if not pools:
             yield self._new(piece, entries)
             return
+        pool = Pool.merged(pools, torch.device("cpu") if self._policy == "offload" else device)
+        pools.clear()
+        if entries.unit == "entry" and not entries.is_all:
+            pool = pool.by_entry()
+        # Where single entries have state, rows are of no use; those of a vector are its entries.
+        unit: Unit = "row" if pool.width > 1 else "entry"
+        wanted = entries.units(device, unit)
         chosen = pool.among(wanted)
         if self._policy == "offload" and not chosen.all():
             self._park(piece.key, [pool.part(~chosen)])
         for counter, part in pool.part(chosen).by_counter().items():
-            yield self._record(piece, Entries.of(part.units.to(device), piece.shape, entries.unit), part, counter)
+            yield self._record(piece, Entries.of(part.units.to(device), piece.shape, unit), part, counter)
         unknown = ~positions_within(wanted, pool.units.to(device))
         if unknown.any():
-            yield self._new(piece, Entries.of(wanted[unknown], piece.shape, entries.unit))
+            yield self._new(piece, Entries.of(wanted[unknown], piece.shape, unit))
 
     def _record(self, piece: Piece, entries: Entries, pool: Pool, counter: int) -> Record:
         device = self.weight(piece).device
@@ -225,6 +243,8 @@ class KeptState:
         slots = tuple(record.slots[slot] for slot in self._rule.slots)
         # Of whole pieces a view, which the rule writes; of others a vector that is scattered back afterwards.
         weight = record.entries.gather(self.weight(record.piece))
+        if gradient.numel() != weight.numel():  # the kernels do not look
+            raise ValueError(f"{record.key} has {weight.numel()} entries, its gradient {gradient.numel()}")
         name = record.piece.key if record.entries.is_all else record.key
         return Stored(name, weight, gradient.reshape(-1), slots, record.master)
 
@@ -273,15 +293,20 @@ class KeptState:
             }
             for record in self.records()
         ]
-        made = {"records": described, "parked": list(self.parked), "records_made": self._records_made}
+        parked = {key: pool.width for key, pool in self.parked.items()}
+        made = {"records": described, "parked": parked, "records_made": self._records_made}
         return {**made, **{name: tensor for name, _, tensor in self.held()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put `state` back; the weights must be attached and are read for nothing but their device.
 
         Raises:
-            InputError: a tensor is missing, unexpected, or not of the shape or dtype that the plain values speak of.
+            InputError: a value is missing, unexpected, or not of the shape or dtype that the plain values speak of. What
+                is held is of no further use then.
         """
+        missing = sorted({"records", "parked", "records_made"} - state.keys())
+        if missing:
+            raise InputError(_what_differs(missing, []))
         self.active.clear()
         self.parked.clear()
         self._records_made = state["records_made"]
@@ -289,8 +314,8 @@ class KeptState:
         for saved in state["records"]:
             record = self._restored(saved, state)
             self.active.setdefault(record.piece.key, []).append(record)
-        for key in state["parked"]:
-            self.parked[key] = self._restored_pool(key, state)
+        for key, width in state["parked"].items():
+            self.parked[key] = self._restored_pool(key, width, state)
         missing = sorted(name for name, _, _ in self.held() if name not in remaining)
         extra = sorted(remaining.keys() - {name for name, _, _ in self.held()})
         if missing or extra:
@@ -302,7 +327,8 @@ class KeptState:
         if piece.parameter not in self._weights or self.weight(piece).shape != piece.shape:
             raise InputError(f"the state to load is of {piece.key} with shape {piece.shape}: the model has none such")
         device, name = self.weight(piece).device, f"{piece.key}@{saved['serial']}"
-        index = None if saved["entries"]["form"] == "none" else _saved(state, f"{name}.index").to(device, copy=True)
+        stored = Entries.stored_index(saved["entries"])
+        index = None if stored is None else _saved(state, f"{name}.index", *stored).to(device, copy=True)
         entries = Entries.restore(saved["entries"], index)
         slots = {}
         for slot in self._rule.slots:
@@ -313,12 +339,17 @@ class KeptState:
         slots = {slot: values.to(device, copy=True) for slot, values in slots.items()}
         return Record(piece, saved["serial"], entries, slots, saved["counter"], master)
 
-    def _restored_pool(self, key: str, state: Mapping[str, Any]) -> Pool:
+    def _restored_pool(self, key: str, width: int, state: Mapping[str, Any]) -> Pool:
         units = _saved(state, f"{key}@parked.units")
         counters = _saved(state, f"{key}@parked.counters", tuple(units.shape), torch.int32)
-        names = [*self._rule.slots, *([MASTER] if self._precision.has_master else [])]
-        values = {name: _saved(state, f"{key}@parked.{name}").clone() for name in names}
-        return Pool(units.clone(), counters.clone(), values)
+        wanted = dict.fromkeys(self._rule.slots, self._precision.moments)
+        if self._precision.has_master:
+            wanted[MASTER] = torch.float32
+        values = {
+            name: _saved(state, f"{key}@parked.{name}", (units.numel(), width), dtype).clone()
+            for name, dtype in wanted.items()
+        }
+        return Pool(width, units.clone(), counters.clone(), values)
 
 
 def _saved(
@@ -338,14 +369,3 @@ def _saved(
 def _what_differs(missing: list[str], extra: list[str]) -> str:
     what = f"has no {missing[0]!r}" if missing else f"has {extra[0]!r}, which this method does not hold"
     return f"the optimizer state to load {what} ({len(missing)} missing, {len(extra)} unexpected)"
-
-
-def _pool_of(record: Record) -> Pool:
-    device = next(iter(record.slots.values())).device
-    units = record.entries.units(device)
-    values = {**record.slots, **({} if record.master is None else {MASTER: record.master})}
-    return Pool(
-        units,
-        torch.full(units.shape, record.counter, dtype=torch.int32, device=device),
-        {name: value.view(units.numel(), record.entries.width) for name, value in values.items()},
-    )
