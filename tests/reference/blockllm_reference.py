@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.blockllm_blocks import Block, Part, cut, layer, role
+from reference.blockllm_blocks import (
+    Block,
+    Part,
+    cut,
+    entries_kept,
+    layer,
+    role,
+    take,
+    updates_of_entering,
+    wave,
+)
 
 SKETCH_SIZE = 1021
 """Buckets of a sketch; a prime, since rows of 1024 entries would add whole columns into one bucket of 1024."""
@@ -124,7 +134,7 @@ class Reference:
         self.known_at: dict[str, int] = {}
         self.losses: list[float] = []
         self.pointer = 0
-        self.after_last_taken = 0
+        self.next_turn = 0
         self.margins: list[Margin] = []
 
     def _divide(self) -> None:
@@ -152,6 +162,7 @@ class Reference:
         else:
             chosen = {name: self.weights[name] for name in candidates}
             self.blocks = cut(chosen, self.budget, options["granularity"], options["groups"])
+            self.dense_at_once = max(self.budget, *(block.size for block in self.blocks))
         self.needs_norms = options["score"] in ("norm", "rms") and not self.nothing_to_choose
 
     def update(self, step: int, batch: Any, *, carried_out: bool = True) -> Outcome:
@@ -167,7 +178,7 @@ class Reference:
             cause = self._cause(step)
             if cause is not None:
                 selection = self._select(step, cause)
-            entering = self._wave(self.waiting)
+            entering = wave(self.waiting, self.dense_at_once)
             self.waiting = self.waiting[len(entering) :]
             for block in entering:
                 self._choose_entries(step, block, gradients)
@@ -222,54 +233,23 @@ class Reference:
             by_name = {block.name: block for block in self.blocks}
             return [by_name[name] for name in self.permutation(list(by_name), self.selections + 1)]
         if self.options["score"] == "cyclic":
-            return self.blocks[self.after_last_taken :] + self.blocks[: self.after_last_taken]
+            return self.blocks[self.next_turn :] + self.blocks[: self.next_turn]
         walk = sorted(self.blocks, key=self._score, reverse=True)  # stable: a tie goes to the earlier block
         for higher, lower in pairwise(map(self._score, walk)):
             self._margin(step, "order", (higher - lower) / higher)
         return walk
 
-    def _take(self, walk: list[Block]) -> tuple[list[Block], Fraction]:
-        """The blocks taken, and the share of each that is kept."""
-        taken: list[Block] = []
-        if self.options["mask"] == "none":
-            left = self.budget
-            for block in walk:
-                if block.size <= left:
-                    taken.append(block)
-                    left -= block.size
-            return taken, Fraction(1)
-        for block in walk:
-            taken.append(block)
-            if sum(other.size for other in taken) * self.density >= self.budget:
-                break
-        share = min(self.density, Fraction(self.budget, sum(block.size for block in taken)))
-        return [block for block in taken if any(self._keeps(part, share) for part in block.parts)], share
-
-    def _keeps(self, part: Part, share: Fraction) -> int:
-        """How many entries, or rows, of `part` are kept."""
-        rows = part.last - part.first
-        width = self.weights[part.name][0].numel()
-        return math.floor(share * rows * (1 if self.options["mask"] == "row" else width))
-
-    def _kept_entries(self, block: Block, share: Fraction) -> int:
-        if share == 1:
-            return block.size
-        per_row = self.options["mask"] == "row"
-        return sum(
-            self._keeps(part, share) * (self.weights[part.name][0].numel() if per_row else 1) for part in block.parts
-        )
-
     def _select(self, step: int, cause: str) -> dict[str, Any]:
         walk = self._walk(step)
-        taken, share = self._take(walk)
+        taken, share = take(walk, self.budget, self.options["mask"], self.density)
         scored = self.needs_norms
         selection = {
             "number": self.selections + 1,
             "cause": cause,
             "blocks": [block.name for block in taken],
             "sizes": [block.size for block in taken],
-            "kept": [self._kept_entries(block, share) for block in taken],
-            "enters": self._entering_updates(step, taken, share),
+            "kept": [entries_kept(block, share, self.options["mask"]) for block in taken],
+            "enters": updates_of_entering(step, taken, share, self.dense_at_once),
             "scores": [self._score(block) for block in taken] if scored else None,
             "ages": [step - self.known_at[block.name] for block in taken] if scored else None,
         }
@@ -281,7 +261,8 @@ class Reference:
             self.visits[block.name] += 1
         selection["visits"] = dict(self.visits)
         self.selections += 1
-        self.after_last_taken = (self.blocks.index(taken[-1]) + 1) % len(self.blocks)
+        passed_over = [block for block in walk if block not in taken and block.size <= self.budget]
+        self.next_turn = self.blocks.index((passed_over or walk)[0])
         self.losses.clear()
         self.share = share
         self.whole = taken if share == 1 else []
@@ -294,32 +275,12 @@ class Reference:
 
     # Which entries.
 
-    def _wave(self, waiting: Sequence[Block]) -> list[Block]:
-        """The first blocks of `waiting`: as many as fit into the budget of dense gradients, one at least."""
-        wave: list[Block] = []
-        limit = max(self.budget, *(block.size for block in self.blocks))
-        for block in waiting:
-            if wave and sum(other.size for other in wave) + block.size > limit:
-                break
-            wave.append(block)
-        return wave
-
-    def _entering_updates(self, step: int, taken: list[Block], share: Fraction) -> list[int]:
-        """The update from which each block trains, unless another selection comes first."""
-        if share == 1:
-            return [step] * len(taken)
-        updates: list[int] = []
-        while len(updates) < len(taken):
-            updates += [step] * len(self._wave(taken[len(updates) :]))
-            step += 1
-        return updates
-
     def _choose_entries(self, step: int, block: Block, gradients: Mapping[str, Tensor]) -> None:
         for part in block.parts:
             magnitudes = self._of(gradients, part).abs()
             if self.options["mask"] == "row":
                 magnitudes = magnitudes.flatten(1).double().norm(dim=1) if magnitudes.dim() > 1 else magnitudes
-            keeps = self._keeps(part, self.share)
+            keeps = part.keeps(self.share, self.options["mask"])
             values, positions = magnitudes.flatten().sort(descending=True, stable=True)  # ties: the lower position
             if 0 < keeps < len(values):
                 self._margin(step, "mask", float((values[keeps - 1] - values[keeps]) / values[keeps - 1]))
@@ -345,7 +306,7 @@ class Reference:
             for part in block.parts:
                 self._of(trained, part).copy_(self._of(self.kept, part))
         for name in self.riding:
-            part = Part(name, 0, len(self.weights[name]), False)
+            part = Part(name, 0, len(self.weights[name]), width=1, sliced=False)
             awake = any(bool(trained[host].any()) for host in self._hosts(name))
             trained[name].fill_(awake)
             if awake:
@@ -417,15 +378,13 @@ class Reference:
         for name, mask in trained.items():
             rate = self._rate(step, name)
             weight, first, second, counts = self.weights[name], self.first[name], self.second[name], self.counts[name]
+            gradient = gradients[name][mask] * factor
             counts[mask] += 1
-            for count in counts[mask].unique().tolist():
-                those = mask & (counts == count)
-                gradient = gradients[name][those] * factor
-                first[those] = beta1 * first[those] + (1 - beta1) * gradient
-                second[those] = beta2 * second[those] + (1 - beta2) * gradient * gradient
-                root = second[those].sqrt() / math.sqrt(1 - beta2**count) + eps
-                decayed = weight[those] * (1 - rate * decay)
-                weight[those] = decayed - rate / (1 - beta1**count) * first[those] / root
+            first[mask] = beta1 * first[mask] + (1 - beta1) * gradient
+            second[mask] = beta2 * second[mask] + (1 - beta2) * gradient * gradient
+            one, two = ((1 - beta ** counts[mask].double()).float() for beta in (beta1, beta2))
+            moved = first[mask] / one / ((second[mask] / two).sqrt() + eps)
+            weight[mask] = weight[mask] * (1 - rate * decay) - rate * moved
 
     @torch.no_grad()
     def _move_inactive(self, step: int, gradients: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:

@@ -167,6 +167,12 @@ def at_random(names: Sequence[str], seed: int, number: int) -> list[str]:
     return random.Random(int.from_bytes(digest, "little")).sample(list(names), len(names))
 
 
+def starting_at(names: Sequence[str], first: str | None) -> list[str]:
+    """`names` in their order, from `first` on and round to it; None starts at the beginning."""
+    start = 0 if first is None else names.index(first)
+    return [*names[start:], *names[:start]]
+
+
 def in_turn(names: Sequence[str], after: str | None) -> list[str]:
     """`names` in their order, from the one behind `after` on and round to it."""
     start = 0 if after is None else names.index(after) + 1

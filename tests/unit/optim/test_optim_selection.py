@@ -14,6 +14,7 @@ from blockllm_cli.optim.selection import (
     by_falling,
     in_turn,
     next_in_round,
+    starting_at,
     take_masked,
     take_whole,
     wave,
@@ -91,6 +92,8 @@ def test_orders():
     assert by_falling({"a": 1.0, "b": 3.0, "c": 3.0}, NAMES) == ["b", "c", "a", "d"]
     assert in_turn(NAMES, None) == NAMES
     assert in_turn(NAMES, "b") == ["c", "d", "a", "b"]
+    assert starting_at(NAMES, "b") == ["b", "c", "d", "a"]
+    assert starting_at(NAMES, None) == NAMES
     assert at_random(NAMES, 1, 1) == at_random(NAMES, 1, 1)
     assert len({tuple(at_random(NAMES, 1, number)) for number in range(40)}) > 10
     assert sorted(at_random(NAMES, 1, 3)) == NAMES

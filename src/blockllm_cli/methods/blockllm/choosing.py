@@ -23,8 +23,8 @@ from blockllm_cli.optim.selection import (
     Visits,
     at_random,
     by_falling,
-    in_turn,
     next_in_round,
+    starting_at,
     take_masked,
     take_whole,
     wave,
@@ -42,6 +42,7 @@ class Selection:
         share: of each taken block that is kept; 1 is whole.
         scores: block -> score, empty where the order is not by score.
         ages: block -> updates since its norm was measured.
+        next_turn: where a cyclic order goes on: at the first block that was passed over, so that none waits for ever.
     """
 
     number: int
@@ -50,6 +51,7 @@ class Selection:
     share: Fraction
     scores: Mapping[str, float]
     ages: Mapping[str, int]
+    next_turn: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Chooser:
         self._waiting: tuple[str, ...] = ()
         self.share = Fraction(1)
         self._last_probed: str | None = None
-        self._last_taken: str | None = None
+        self._next_turn: str | None = None
 
     @property
     def wants_scouting(self) -> bool:
@@ -156,7 +158,7 @@ class Chooser:
         if self._options.score == "random":
             order = at_random(self._names, self._seed, number)
         elif self._options.score == "cyclic":
-            order = in_turn(self._names, self._last_taken)
+            order = starting_at(self._names, self._next_turn)
         else:
             order = by_falling(scores, self._names)
         share = Fraction(1)
@@ -176,7 +178,8 @@ class Chooser:
                 f"less than one entry or row of every block; raise it"
             )
         ages = {name: 0 if is_scouted else step - (self.norms.step_of(name) or 0) for name in norms}
-        return Selection(number, cause, tuple(taken), share, scores, ages)
+        passed = (name for name in order if name not in taken and self._sizes[name] <= self.layout.budget)
+        return Selection(number, cause, tuple(taken), share, scores, ages, next(passed, order[0]))
 
     def _scores(self, norms: Mapping[str, float]) -> dict[str, float]:
         """Norm (or its root mean square) over visit frequency, of the blocks whose norm is known."""
@@ -202,7 +205,7 @@ class Chooser:
                 self.norms.put(turn.norms, turn.step)
             self.visits.count(turn.selection.taken)
             self.share = turn.selection.share
-            self._last_taken = turn.selection.taken[-1]
+            self._next_turn = turn.selection.next_turn
             self._patience.clear()
         self._trained, self._waiting = turn.trained, turn.waiting
         if turn.probed:
@@ -255,7 +258,7 @@ class Chooser:
             "waiting": list(self._waiting),
             "share": str(self.share),
             "last_probed": self._last_probed,
-            "last_taken": self._last_taken,
+            "next_turn": self._next_turn,
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
@@ -265,7 +268,7 @@ class Chooser:
         self._patience.restore(saved["patience"])
         self._trained, self._waiting = tuple(saved["trained"]), tuple(saved["waiting"])
         self.share = Fraction(saved["share"])
-        self._last_probed, self._last_taken = saved["last_probed"], saved["last_taken"]
+        self._last_probed, self._next_turn = saved["last_probed"], saved["next_turn"]
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -15,11 +15,10 @@ FACTS = MethodFacts(
     layerwise="scale_invariant",
     cycle=Cycle(
         updates=40,
-        # Not "cyclic", where a block that does not fit into what the ones before it left can lose its turn each time.
-        options={"score": "random", "sparsity": 0.5, "max_interval": 3, "always": (), "norms": "compete"},
+        options={"score": "cyclic", "sparsity": 0.5, "max_interval": 3, "always": (), "norms": "compete"},
     ),
     hyperparameters={
-        "9m": Hyperparameters(learning_rate=1e-3, dense_rate=1e-2, source="ours, from a short search"),
+        "9m": Hyperparameters(learning_rate=3e-4, dense_rate=1e-2, source="ours, from a short search"),
         "60m": Hyperparameters(learning_rate=1e-3, source="ours, not tuned"),
         "130m": Hyperparameters(learning_rate=1e-3, source="ours, not tuned"),
         "350m": Hyperparameters(learning_rate=6e-4, source="ours, not tuned"),
