@@ -89,7 +89,10 @@ def cut_blocks(
     for pattern in groups:
         if pattern not in members:
             raise ValueError(f"{pattern!r} finds no candidate that an expression before it does not")
-    return [block for owner, names in members.items() for block in _fitted(owner, names, shapes, budget)]
+    blocks = [block for owner, names in members.items() for block in _fitted(owner, names, shapes, budget)]
+    order = {name: index for index, name in enumerate(shapes)}
+    # Stable, so that slices of one tensor stay in row order.
+    return sorted(blocks, key=lambda block: order[block.pieces[0].parameter])
 
 
 def _owner(name: str, granularity: str, groups: Sequence[str], layer_of: Callable[[str], int | None]) -> str:

@@ -241,14 +241,9 @@ class Duel:
         return f"update {step}; close decisions up to here, each perhaps a flip: {close or 'none, so this is no flip'}"
 
 
-OUT_OF_ORDER = pytest.mark.xfail(
-    strict=True, reason="blocks of a cut group stand together, not in the order of the model's parameters"
-)
-
-
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=[OUT_OF_ORDER] if case is CASES[7] else []) for case in CASES + MORE],
+    CASES + MORE,
     ids=lambda case: "-".join(map(str, case[:10])),
 )
 def test_agrees_over_60_updates(case):

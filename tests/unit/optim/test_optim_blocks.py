@@ -50,6 +50,13 @@ def test_groups_and_the_rest_by_itself():
         cut(1000, groups=["q", r"layers.0.q"])
 
 
+def test_the_tensors_of_a_cut_group_stand_where_the_model_has_them():
+    blocks = cut(100, groups=["q|up"])
+    parameters = [block.pieces[0].parameter for block in blocks]
+    assert parameters == sorted(parameters, key=list(SHAPES).index)
+    assert "q|up" not in [block.name for block in blocks]
+
+
 def test_a_layer_that_does_not_fit_is_cut_into_tensors_and_these_into_rows():
     names = [block.name for block in cut(80, granularity="layer")]
     assert names[:4] == ["embed@0:10", "embed@10:20", "embed@20:30", "embed@30:40"]
