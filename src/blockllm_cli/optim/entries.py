@@ -81,11 +81,18 @@ class Entries:
         """The kept rows, int64, if whole rows are what is kept; else None."""
         return self._units() if self.unit == "row" else None
 
-    def units(self, device: torch.device) -> Tensor:
-        """Positions of the kept entries, or numbers of the kept rows, int64 ascending, on `device`."""
+    def units(self, device: torch.device, unit: Unit | None = None) -> Tensor:
+        """Positions of the kept entries, or numbers of the kept rows, int64 ascending, on `device`.
+
+        Args:
+            device: of the result.
+            unit: which of the two; None is what the set is made of. Rows only if whole rows are kept.
+        """
+        unit = self.unit if unit is None else unit
         if self.is_all:
-            return torch.arange(self.count, device=device)
-        return self._units().to(device)
+            return torch.arange(self.shape[0] if unit == "row" else self.count, device=device)
+        assert unit == "entry" or self.unit == "row"
+        return (self._units() if unit == self.unit else self.positions()).to(device)
 
     def positions(self) -> Tensor:
         """Positions of the kept entries in the flattened piece, int64 (count,)."""

@@ -301,8 +301,8 @@ class KeptState:
         """Put `state` back; the weights must be attached and are read for nothing but their device.
 
         Raises:
-            InputError: a value is missing, unexpected, or not of the shape or dtype that the plain values speak of. What
-                is held is of no further use then.
+            InputError: a value is missing, unexpected, or not of the shape or dtype that the plain values speak of. The
+                state is of no further use then.
         """
         missing = sorted({"records", "parked", "records_made"} - state.keys())
         if missing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,28 +13,41 @@ from blockllm_cli.optim.entries import positions_within
 
 @dataclass
 class Pool:
-    """Units (entries, or rows where rows are kept) of one piece with their state, by ascending position.
+    """Units of one piece with their state, by ascending position.
 
     Attributes:
-        units: positions of entries or numbers of rows, int64 (n,), or int32 where the pool is stored.
+        width: entries of a unit: those of a row where whole rows have state, else 1.
+        units: numbers of rows or positions of entries, int64 (n,), or int32 where the pool is stored.
         counters: updates that each took part in, int32 (n,).
-        values: state by name, and the master copy if there is one; each (n, entries of a unit).
+        values: state by name, and the master copy if there is one; each (n, width).
     """
 
+    width: int
     units: Tensor
     counters: Tensor
     values: dict[str, Tensor]
 
     @classmethod
-    def merged(cls, pools: Iterable[Pool], device: torch.device) -> Pool | None:
-        """The disjoint `pools` as one on `device`; None if there are none."""
-        pools = list(pools)
-        if not pools:
-            return None
+    def merged(cls, pools: Sequence[Pool], device: torch.device) -> Pool:
+        """The disjoint `pools`, at least one, as one on `device`; by entry if their units differ."""
+        if len({pool.width for pool in pools}) > 1:
+            pools = [pool.by_entry() for pool in pools]
         units, order = torch.sort(torch.cat([pool.units.to(device).long() for pool in pools]))
         counters = torch.cat([pool.counters.to(device) for pool in pools])[order]
         values = {name: torch.cat([pool.values[name].to(device) for pool in pools])[order] for name in pools[0].values}
-        return cls(units, counters, values)
+        return cls(pools[0].width, units, counters, values)
+
+    def by_entry(self) -> Pool:
+        """The same with single entries as units; values are views."""
+        if self.width == 1:
+            return self
+        within = torch.arange(self.width, device=self.units.device)
+        return Pool(
+            width=1,
+            units=(self.units.long().unsqueeze(1) * self.width + within).view(-1),
+            counters=self.counters.repeat_interleave(self.width),
+            values={name: value.view(-1, 1) for name, value in self.values.items()},
+        )
 
     def among(self, units: Tensor) -> Tensor:
         """Which of the pool's units are among `units` (int64, ascending), bool (n,)."""
@@ -42,9 +55,8 @@ class Pool:
 
     def part(self, chosen: Tensor) -> Pool:
         """The units where `chosen` (bool) holds, copies."""
-        return Pool(
-            self.units[chosen], self.counters[chosen], {name: value[chosen] for name, value in self.values.items()}
-        )
+        values = {name: value[chosen] for name, value in self.values.items()}
+        return Pool(self.width, self.units[chosen], self.counters[chosen], values)
 
     def by_counter(self) -> Mapping[int, Pool]:
         """Parts of equal counter."""
