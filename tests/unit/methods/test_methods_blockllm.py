@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blockllm_cli.footprint import bytes_by_category
 from blockllm_cli.gradients.routes import Dense
 from blockllm_cli.gradients.sketch import sketch_bytes
 from blockllm_cli.methods.base import Rates
@@ -257,6 +258,31 @@ def test_a_steady_update_holds_the_kept_entries_and_one_sketch():
     drive(method, model, 6, micro_batches=4, between=note)
     assert {each["kept"] for each in seen} == {4 * method._state.entries}
     assert max(each.get("sketch", 0) for each in seen) <= sketch_bytes(24 * 16)
+
+
+@pytest.mark.parametrize("case", ["whole", "paper", "entries", "rows", "layer", "waves", "slices", "groups"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16_master"])
+def test_the_plan_of_a_selection_is_exact(case, precision):
+    options = {**options_of(case), "patience": 40, "max_interval": 0}
+    method = make_method("blockllm", precision=precision, micro_batches=2, **options)
+    model = small_llama(torch.float32 if precision == "fp32" else torch.bfloat16)
+    method.prepare(model)
+    for step in range(1, 36):
+        drive(method, model, step, micro_batches=2)
+        if not method.chooser.waiting:
+            break
+    assert not method.chooser.waiting
+    planned = bytes_by_category(method.plan_selection())
+    gradients = []
+
+    def note(routes):
+        gradients.append(sum(route.held_bytes() for key, route in routes.items() if not key.endswith("@sketch")))
+
+    drive(method, model, step + 1, micro_batches=2, between=note)
+    held = {"gradients": max(gradients)}
+    for each in method.held():
+        held[each.category] = held.get(each.category, 0) + each.tensor.nbytes
+    assert held == planned
 
 
 def test_a_block_with_a_gradient_that_is_not_finite_stays_and_is_reported():

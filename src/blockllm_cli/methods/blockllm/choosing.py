@@ -271,6 +271,11 @@ class Chooser:
         self._last_probed, self._next_turn = saved["last_probed"], saved["next_turn"]
 
     @property
+    def waiting(self) -> tuple[str, ...]:
+        """Blocks of the newest selection that have not entered yet."""
+        return self._waiting
+
+    @property
     def trained(self) -> tuple[str, ...]:
         """Blocks that the last update trained."""
         return self._trained

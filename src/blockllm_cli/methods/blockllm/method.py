@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blockllm_cli.errors import GuardError, InputError
-from blockllm_cli.footprint import TensorPlan
+from blockllm_cli.footprint import TensorPlan, bytes_by_category
 from blockllm_cli.gradients.clip import kept_norm
 from blockllm_cli.gradients.routes import Dense, Gather, Layerwise, Route, Rows
 from blockllm_cli.gradients.sketch import SIZE, Sketch, sketched_norm_squared
@@ -20,7 +20,7 @@ from blockllm_cli.methods.blockllm.facts import FACTS
 from blockllm_cli.methods.blockllm.inactive import InactiveRule
 from blockllm_cli.methods.blockllm.layout import Layout, lay_out
 from blockllm_cli.methods.blockllm.options import BlockLLMOptions
-from blockllm_cli.methods.blockllm.planning import plan_tensors
+from blockllm_cli.methods.blockllm.planning import plan_selection, plan_tensors
 from blockllm_cli.model.roles import DENSE_ROLES, role_of
 from blockllm_cli.optim.adam import AdamRule
 from blockllm_cli.optim.blocks import Block, Piece
@@ -78,6 +78,16 @@ class BlockLLM(Method):
         return plan_tensors(
             self._layout(shapes), self._options, self._precision, self._accumulator, is_layerwise=self._is_layerwise
         )
+
+    def plan_selection(self) -> list[TensorPlan]:
+        """What is held once all blocks of the newest selection have entered, exact with state = "drop"."""
+        chooser = self.chooser
+        kept = {}
+        for name in (*chooser.trained, *chooser.waiting):
+            for piece in self._pieces(name):
+                width = piece.size // piece.shape[0] if self._options.mask == "row" else 1
+                kept[piece.key] = (piece, chooser.kept_units(piece, chooser.share), width)
+        return plan_selection(chooser.layout, self._precision, self._accumulator, kept)
 
     def _layout(self, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
         return lay_out(shapes, self._options)
@@ -260,7 +270,8 @@ class BlockLLM(Method):
         events = self._unmoved_events()
         self.chooser.commit(turn, self._block_norms(), loss)
         if turn.selection is not None:
-            events.append(self.chooser.event(turn, turn.selection))
+            planned = bytes_by_category(self.plan_selection())
+            events.append({**self.chooser.event(turn, turn.selection), "bytes": planned})
         self._turn, self._norms, self._new_entries = None, {}, {}
         return events
 

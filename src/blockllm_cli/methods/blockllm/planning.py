@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from math import prod
 
@@ -12,7 +12,10 @@ from blockllm_cli.footprint import ELEMENT_BYTES, Category, TensorPlan
 from blockllm_cli.gradients.sketch import sketch_bytes
 from blockllm_cli.methods.blockllm.layout import Layout
 from blockllm_cli.methods.blockllm.options import BlockLLMOptions
+from blockllm_cli.optim.blocks import Piece
 from blockllm_cli.optim.precision import Precision
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def plan_tensors(
@@ -34,7 +37,7 @@ def plan_tensors(
     plans = [TensorPlan(name, "gradients", shape, _word(accumulator), "update") for name, shape in named.items()]
     plans += _gradients(layout, options, _word(accumulator), is_layerwise=is_layerwise)
     state = _state_entries(layout, options, entries)
-    for slot in ("exp_avg", "exp_avg_sq"):
+    for slot in MOMENTS:
         plans += [
             _state(f"{name}.{slot}", "optimizer_state", shape, precision.moments) for name, shape in named.items()
         ]
@@ -102,3 +105,34 @@ def _state(name: str, category: Category, shape: tuple[int, ...], dtype: torch.d
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def plan_selection(
+    layout: Layout,
+    precision: Precision,
+    accumulator: torch.dtype,
+    kept: Mapping[str, tuple[Piece, int, int]],
+) -> list[TensorPlan]:
+    """What is held once a selection has entered, exact to the byte where all its entries started together.
+
+    Args:
+        layout: how the model is divided.
+        precision: dtypes of state and master copies.
+        accumulator: dtype of kept gradients.
+        kept: piece key -> (piece, units kept, entries of a unit); a unit is an entry or a row.
+    """
+    parameters = frozenset(piece.parameter for piece, _, _ in kept.values())
+    whole = {piece.key: piece.size for piece in [*layout.always, *layout.rider_pieces(parameters)]}
+    entries = {key: units * width for key, (_, units, width) in kept.items()}
+    plans = []
+    for key, count in {**whole, **entries}.items():
+        plans.append(TensorPlan(key, "gradients", (count,), _word(accumulator), "update"))
+        plans += [_state(f"{key}.{slot}", "optimizer_state", (count,), precision.moments) for slot in MOMENTS]
+        if precision.has_master:
+            plans.append(_state(f"{key}.master", "master_weights", (count,), torch.float32))
+    for key, (piece, units, width) in kept.items():
+        there = piece.size // width
+        if units < there:
+            smaller = min(-(-there // 8), 4 * units)
+            plans.append(_state(f"{key}.index", "indices", (smaller,), torch.uint8))
+    return plans
