@@ -18,17 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.blockllm_blocks import (
-    Block,
-    Part,
-    cut,
-    entries_kept,
-    layer,
-    role,
-    take,
-    updates_of_entering,
-    wave,
-)
+from reference.blockllm_blocks import Block, Part, cut, entries_kept, layer, role, take, updates_of_entering, wave
 
 SKETCH_SIZE = 1021
 """Buckets of a sketch; a prime, since rows of 1024 entries would add whole columns into one bucket of 1024."""
@@ -75,16 +65,12 @@ class Outcome(NamedTuple):
         kept_norm: Euclidean norm of the gradient of the entries that Adam moves, before clipping.
         selection: what was selected at its start, if anything.
         trained: the entries that Adam moved, by parameter.
-        entered: blocks whose entries were chosen.
-        probed: blocks whose norm was sketched.
     """
 
     loss: float
     kept_norm: float
     selection: dict[str, Any] | None
     trained: dict[str, Tensor]
-    entered: list[str]
-    probed: list[str]
 
 
 class Reference:
@@ -169,7 +155,7 @@ class Reference:
         """Update `step`; one that is not carried out changes nothing."""
         loss, gradients = self._gradients(batch)
         if not carried_out:
-            return Outcome(loss, math.nan, None, {}, [], [])
+            return Outcome(loss, math.nan, None, {})
         selection, entering = None, []
         if not self.nothing_to_choose:
             if self.selections == 0 and self.needs_norms:
@@ -184,13 +170,12 @@ class Reference:
                 self._choose_entries(step, block, gradients)
         trained = self._trained()
         norm = math.sqrt(sum(float(gradients[name][mask].double().square().sum()) for name, mask in trained.items()))
-        probed = self._measure(step, gradients, entering)
+        self._measure(step, gradients, entering)
         self._adam(step, gradients, trained, min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0)
         if self.options["inactive"] != "none":
             self._move_inactive(step, gradients, trained)
         self.losses.append(loss)
-        names = [block.name for block in entering]
-        return Outcome(loss, norm, selection, trained, names, [block.name for block in probed])
+        return Outcome(loss, norm, selection, trained)
 
     @property
     def state_entries(self) -> int:
@@ -323,31 +308,25 @@ class Reference:
 
     # Norms of blocks.
 
-    def _measure(self, step: int, gradients: Mapping[str, Tensor], entering: list[Block]) -> list[Block]:
-        """Take down the norms that this update shows; returns the blocks probed."""
+    def _measure(self, step: int, gradients: Mapping[str, Tensor], entering: list[Block]) -> None:
+        """Take down the norms that this update shows, and probe."""
         if not self.needs_norms:
-            return []
+            return
         if self.options["inactive"] != "none":
             for block in self.blocks:
                 self._know(block, step, self._exact_norm(block, gradients))
-            return []
+            return
         for block in self.whole + entering:
             self._know(block, step, self._exact_norm(block, gradients))
-        probe = self.options["probe"]
-        every = self.options["probe_every"] or math.ceil(34 * probe / len(self.blocks))
-        probed: list[Block] = []
-        if probe > 0 and step % every == 0:
-            for offset in range(len(self.blocks)):
-                index = (self.pointer + offset) % len(self.blocks)
-                block = self.blocks[index]
-                if len(probed) < probe and block not in self.whole and block not in entering:
-                    probed.append(block)
-                    after = (index + 1) % len(self.blocks)
-            if probed:
-                self.pointer = after
-        for block in probed:
-            self._know(block, step, self._sketched_norm(block, gradients))
-        return probed
+        left = self.options["probe"]
+        every = self.options["probe_every"] or math.ceil(34 * left / len(self.blocks))
+        if left == 0 or step % every:
+            return
+        for block in self.blocks[self.pointer :] + self.blocks[: self.pointer]:
+            if left > 0 and block not in self.whole and block not in entering:
+                self._know(block, step, self._sketched_norm(block, gradients))
+                self.pointer = (self.blocks.index(block) + 1) % len(self.blocks)
+                left -= 1
 
     def _know(self, block: Block, step: int, norm: float) -> None:
         self.norms[block.name] = norm

@@ -24,8 +24,9 @@ from blockllm_cli.model.config import LlamaConfig
 from blockllm_cli.model.llama import build_model
 from blockllm_cli.model.roles import DENSE_ROLES, role_of
 from blockllm_cli.optim.selection import at_random
+from blockllm_cli.testing.driver import Driven, ask_update, drive_update
 from reference.blockllm_reference import Margin, Outcome, Reference
-from support.methods import Driven, drive_update, make_method, toy_batch
+from support.methods import make_method, toy_batch
 
 TOLERANCE = 1e-5
 CLOSE = {"order": 1e-5, "patience": 1e-5, "mask": 1e-5, "sign": 1e-7}
@@ -188,19 +189,12 @@ class Duel:
     def update(self, step: int, *, carried_out: bool = True) -> None:
         before = weights_of(self.model), weights_of(self.other)
         expected = self.reference.update(step, self.case.batch(step), carried_out=carried_out)
-        driven = drive_update(
-            self.method,
-            self.model,
-            step,
-            rates_at(step),
-            batch=self.case.batch,
-            micro_batches=self.case.micro_batches,
-            clip=self.case.clip,
-            carried_out=carried_out,
-        )
-        assert driven.loss == pytest.approx(expected.loss, rel=1e-5), self.where(step)
+        asked = {"batch": self.case.batch, "micro_batches": self.case.micro_batches}
         if not carried_out:
+            ask_update(self.method, self.model, step, rates_at(step), **asked)
             return
+        driven = drive_update(self.method, self.model, step, rates_at(step), clip=self.case.clip, **asked)
+        assert driven.loss == pytest.approx(expected.loss, rel=1e-5), self.where(step)
         self._compare_selections(step, driven, expected)
         assert driven.norm == pytest.approx(expected.kept_norm, rel=1e-4), self.where(step)
         self._compare_entries(step, *before, expected)
