@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping
 
-import torch
-
-from blockllm_cli.gradients.clip import kept_norm, scale_to
 from blockllm_cli.gradients.engine import routed
 from blockllm_cli.gradients.routes import Route
-from blockllm_cli.methods.base import Event, Method, PassResult, Rates, Setting
+from blockllm_cli.methods.base import Method, Rates, Setting
 from blockllm_cli.methods.registry import method_class
-from blockllm_cli.model.batch import Batch
-from blockllm_cli.model.config import LlamaConfig
-from blockllm_cli.model.llama import LlamaForCausalLM, build_model
+from blockllm_cli.model.llama import LlamaForCausalLM
 from blockllm_cli.optim.precision import PrecisionName, Rounding, precision_of
+from blockllm_cli.testing.driver import Driven, drive_update
+from blockllm_cli.testing.tiny import LENGTH, ROWS
+from blockllm_cli.testing.tiny import tiny_batch as toy_batch
+from blockllm_cli.testing.tiny import tiny_config as toy_config
+from blockllm_cli.testing.tiny import tiny_llama as toy_llama
 
-ROWS, LENGTH = 6, 12
+__all__ = [
+    "LENGTH",
+    "PEAK",
+    "ROWS",
+    "Driven",
+    "drive_update",
+    "make_method",
+    "run_update",
+    "run_updates",
+    "toy_batch",
+    "toy_config",
+    "toy_llama",
+]
+
 PEAK = Rates(1e-2, 1e-2)
-
-
-def toy_config(*, tied: bool = False) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tied,
-    )
-
-
-def toy_llama(dtype: torch.dtype = torch.float32, *, tied: bool = False, seed: int = 3) -> LlamaForCausalLM:
-    return build_model(toy_config(tied=tied), seed=seed, dtype=dtype, device=torch.device("cpu"))
 
 
 def make_method(
@@ -52,16 +47,6 @@ def make_method(
     kind = method_class(name)
     setting = Setting(seed, precision_of(precision, rounding), micro_batches, peak, layerwise_allowed)
     return kind(kind.Options(**options), setting)
-
-
-def toy_batch(step: int, rows: slice = slice(None)) -> Batch:
-    """Rows of update `step`: half of the ids repeat, so that there is something to learn; all positions are targets."""
-    draw = torch.Generator().manual_seed(1000 + step)
-    ids = torch.randint(64, (ROWS, LENGTH + 1), generator=draw)
-    ids[:, 1::2] = ids[:, 0:-1:2]
-    ids = ids[rows]
-    targets = ids[:, 1:].reshape(-1)
-    return Batch(ids[:, :-1].contiguous(), None, torch.arange(targets.numel()), targets)
 
 
 def run_update(
@@ -86,64 +71,6 @@ def run_update(
     chosen = {name: route.result() for name, route in routes.items()}
     method.update(step, rates, chosen, loss, **keywords)
     return loss
-
-
-@dataclass
-class Driven:
-    """What one update came to: loss before it, kept norm before clipping, events."""
-
-    loss: float
-    norm: float
-    events: list[Event]
-
-
-def drive_update(
-    method: Method,
-    model: LlamaForCausalLM,
-    step: int,
-    rates: Rates,
-    *,
-    batch: Callable[[int, slice], Batch] = toy_batch,
-    rows: int = ROWS,
-    micro_batches: int = 1,
-    clip: float = 0.0,
-    feeding: Literal["auto", "hook"] = "auto",
-    between: Callable[[Mapping[str, Route]], None] = lambda routes: None,
-    carried_out: bool = True,
-    **keywords,
-) -> Driven:
-    """One update with all its passes, in the order of the trainer; `between` is called after each micro-batch.
-
-    Without `carried_out` it is given up before anything is written, as one with a non-finite norm is.
-    """
-    results: list[PassResult] = []
-    passes = method.passes(step, rates)
-    asked = next(passes, None)
-    size = rows // micro_batches
-    while asked is not None:
-        nll = torch.zeros((), dtype=torch.float64)
-        parts = [batch(step, slice(start, start + size)) for start in range(0, rows, size)]
-        targets = sum(part.num_targets for part in parts)
-        with routed(model, asked.routes, feeding=feeding):
-            for part in parts:
-                loss, part_nll = model.loss(part, scale=1.0 / targets)
-                loss.backward()
-                nll += part_nll
-                between(asked.routes)
-        kept = {key: value for key, route in asked.routes.items() if (value := route.result()) is not None}
-        results.append(PassResult(kept, nll / targets))
-        del kept
-        try:
-            asked = passes.send(results[-1])
-        except StopIteration:
-            asked = None
-    chosen = method.choose(step, results)
-    norm, loss = float(kept_norm(chosen.values())), float(results[-1].loss)
-    if not carried_out:
-        return Driven(loss, norm, [])
-    if clip:
-        scale_to(chosen.values(), norm, clip)
-    return Driven(loss, norm, method.update(step, rates, chosen, loss, **keywords))
 
 
 def run_updates(method: Method, model: LlamaForCausalLM, steps: Iterable[int], rates: Rates, **keywords) -> list[float]:
