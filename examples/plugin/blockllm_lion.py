@@ -48,7 +48,7 @@ class LionRule:
         lr: float,
     ) -> None:
         """Move every weight by `lr` against the sign of its momentum, of which the newest gradient is part."""
-        (exp_avgs,) = slots
+        weights, gradients, exp_avgs = list(weights), list(gradients), list(slots[0])
         directions = torch._foreach_lerp(exp_avgs, gradients, 1.0 - self.betas[0])
         torch._foreach_sign_(directions)
         torch._foreach_mul_(weights, 1.0 - lr * self.weight_decay)
