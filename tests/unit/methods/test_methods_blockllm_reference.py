@@ -108,8 +108,11 @@ MORE = [
     Case("layer", "none", 1.0, 0.6, "norm", "offload", "none", "with_layer", "usual", "hasty", 1),
     Case("tensor", "entry", 1.0, 0.9, "norm", "offload", "none", "with_layer", "nothing", "patient", 1, 0.2, text=1),
     Case("tensor", "entry", 0.4, 0.8, "rms", "keep", "none", "with_layer", "usual", "hasty", 2, 0.0, 0.1),
+    Case("tensor", "entry", 1.0, 0.8989898989, "norm", "keep", "none", "always", "usual", "usual", 1),
+    Case("tensor", "row", 1.0, 0.8989898989, "norm", "offload", "normalized", "always", "usual", "usual", 1),
 ]
-"""Budgets that cover everything, and what the pairs leave out of probing, waves and state together."""
+"""Budgets that cover everything; what the pairs leave out of probing, waves and state together; and a budget that some
+selections meet exactly, so that blocks are whole at one time and masked at another."""
 
 
 def rates_at(step: int) -> Rates:
@@ -271,9 +274,10 @@ def test_agrees_with_tied_embeddings_that_compete():
         duel.update(step)
 
 
-def test_an_update_that_is_given_up_changes_nothing():
+@pytest.mark.parametrize("case", [CASES[4], MORE[4]], ids=["max-interval", "waves"])
+def test_an_update_that_is_given_up_changes_nothing(case):
     """Neither the first, which scouts and selects, nor later ones that select, let blocks enter or probe."""
-    duel = Duel(MORE[4])
+    duel = Duel(case)
     for step in range(1, 61):
         duel.update(step, carried_out=step not in {1, 2, 9, 10, 11, 25, 26, 40})
     assert len(duel.selections) >= 5
