@@ -12,7 +12,7 @@ ROWS, LENGTH, VOCABULARY = 6, 12, 64
 
 
 def tiny_config(*, tied: bool = False) -> LlamaConfig:
-    """Two layers, grouped queries, every matrix of another shape than its neighbours'; 5,000 parameters."""
+    """Two layers, grouped queries, every matrix of another shape than its neighbours'; 6,000 parameters."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,

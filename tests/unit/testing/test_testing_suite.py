@@ -94,3 +94,18 @@ def test_a_suite_goes_on_after_a_failure_and_tells_each_result(monkeypatch):
 def test_state_without_tensors_is_no_reason_to_stumble():
     for check in ("loads_strictly", "counts_what_it_trains", "holds_what_it_planned", "says_plain_things"):
         assert case_of(Sgd, check, {"momentum": 0.0})() is None
+
+
+def test_a_setting_in_which_layerwise_is_not_refused_is_named_r03(monkeypatch):
+    case = case_of("blockllm", "is_the_same_layer_by_layer", {"inactive": "sign"})
+    asked = []
+
+    def accept_all(name, *, overrides, method):
+        asked.append(method)
+        if "batch.micro_rows=1" in overrides:
+            raise RecipeError("method.layerwise = true: refused")
+
+    monkeypatch.setattr("blockllm_cli.testing.independence.resolve_recipe", accept_all)
+    with pytest.raises(ContractError, match=r"accepted with updates that can be skipped \(run.on_nonfinite=\"skip\"\)"):
+        case()
+    assert asked == 2 * ['blockllm:inactive="sign",layerwise=true']
