@@ -117,3 +117,41 @@ def test_which_positions_are_among_others(mine, others):
     mine, others = sorted(mine), sorted(others)
     found = positions_within(torch.tensor(mine, dtype=torch.int64), torch.tensor(others, dtype=torch.int64))
     assert found.tolist() == [each in others for each in mine]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 700, 2999, 3000])
+def test_the_largest_across_slices_in_every_dtype(dtype, count, monkeypatch):
+    monkeypatch.setattr(under_test, "_SLICE", 512)
+    draw = torch.Generator().manual_seed(count)
+    values = torch.randn(3000, generator=draw, dtype=torch.float64).mul(3).exp().to(dtype) * 1e-3
+    values[::2] *= -1
+    order = torch.sort(values.abs(), descending=True, stable=True).indices[:count]
+    assert torch.equal(largest_entries(values.view(30, 100), count), order.sort().values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_not_finite_is_kept_first_so_that_the_norm_shows_it(dtype):
+    gradient = torch.ones(40, dtype=dtype)
+    gradient[7], gradient[9], gradient[30] = float("-inf"), float("nan"), float("inf")
+    assert largest_entries(gradient, 1).tolist() == [9]
+    assert largest_entries(gradient, 4).tolist() == [0, 7, 9, 30]
+    assert largest_rows(gradient.view(8, 5), 3).tolist() == [0, 1, 6]
+    assert largest_rows(gradient.view(8, 5), 1).tolist() == [1]
+
+
+def test_a_bitmap_with_other_bits_set_than_were_counted_is_refused():
+    entries = Entries.of(torch.arange(0, 100, 2), (100,))
+    assert entries.form == "bitmap"
+    index = entries.index.clone()
+    index[3] |= 255
+    with pytest.raises(InputError, match="54 bits set"):
+        Entries.restore(entries.state(), index)
+
+
+@pytest.mark.parametrize("entries", [Entries.all((4, 3)), Entries.of(torch.tensor([0, 2]), (4, 3), "row")])
+def test_units_may_be_asked_for_as_entries_or_as_rows(entries):
+    cpu = torch.device("cpu")
+    rows = entries.units(cpu, "row")
+    assert rows.tolist() == ([0, 1, 2, 3] if entries.is_all else [0, 2])
+    assert torch.equal(entries.units(cpu, "entry"), torch.arange(12).view(4, 3)[rows].view(-1))

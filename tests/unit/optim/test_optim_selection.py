@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockllm_cli.optim.selection import (
     Norms,
@@ -44,6 +45,33 @@ def test_norms_are_read_late_and_the_newest_finite_one_holds():
     again = Norms()
     again.restore(norms.state())
     assert again.state() == norms.state()
+
+
+def test_norms_that_the_host_knows_are_as_new_as_any():
+    norms = Norms()
+    norms.note({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, 1)
+    norms.put({"a": 5.0, "b": float("nan")}, 2)
+    norms.note({"a": torch.tensor(float("inf"))}, 3)
+    assert norms.read() == {"a": 5.0, "b": 2.0}
+    assert (norms.step_of("a"), norms.step_of("b")) == (2, 1)
+
+
+def test_norms_are_read_in_one_transfer_and_do_not_gather_without_end():
+    transfers = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.cat.default:
+                transfers.append(len(args[0]))
+            return function(*args, **(kwargs or {}))
+
+    norms = Norms()
+    with Watch():
+        for step in range(1, 251):
+            norms.note({"a": torch.tensor(float(step)), "b": torch.tensor(1.0)}, step)
+        assert transfers == [100, 100]
+        assert norms.read() == {"a": 250.0, "b": 1.0}
+    assert transfers == [100, 100, 50]
 
 
 def test_visit_frequency():

@@ -169,7 +169,7 @@ class BlockLLM(Method):
         for block in self.chooser.layout.blocks:
             for piece in block.pieces:
                 records = self._state.active.get(piece.key, []) if piece.key in steady else []
-                if piece.key in entering or any(record.entries.is_all for record in records):
+                if piece.key in entering or sum(record.entries.count for record in records) == piece.size:
                     continue
                 inner: Route = Dense(self._accumulator)
                 if self._is_layerwise:
@@ -236,11 +236,11 @@ class BlockLLM(Method):
     def _measure_whole(self, turn: Turn, chosen: Mapping[str, Tensor]) -> None:
         for name in turn.trained:
             for piece in self._pieces(name):
-                gradient = chosen.get(piece.key + NEW)
-                if gradient is None:
-                    (record,) = self._state.active[piece.key]
-                    gradient = chosen[record.key]
-                self._norms[piece.key] = kept_norm([gradient])
+                # With state that goes on, a piece that is whole now may consist of entries that started apart.
+                keys = [piece.key + NEW]
+                if keys[0] not in chosen:
+                    keys = [record.key for record in self._state.active[piece.key]]
+                self._norms[piece.key] = kept_norm([chosen[key] for key in keys])
 
     def update(
         self, step: int, rates: Rates, chosen: Mapping[str, Tensor], loss: float, *, count_unchanged: bool = False
