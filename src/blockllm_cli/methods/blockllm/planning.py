@@ -64,7 +64,8 @@ def _state_entries(layout: Layout, options: BlockLLMOptions, entries: int) -> in
 def _index_bytes(layout: Layout, options: BlockLLMOptions, entries: int) -> int:
     """Bytes of indices at most: 4 for each kept entry or row, or a bit for each there is; 8 for each parked one."""
     pieces = [piece for block in layout.blocks for piece in block.pieces]
-    units = [piece.shape[0] if options.mask == "row" else piece.size for piece in pieces]
+    # Of pieces that are whole, rows are counted.
+    units = [piece.size if options.mask == "entry" else piece.shape[0] for piece in pieces]
     narrowest = min(prod(piece.shape[1:]) for piece in pieces) if options.mask == "row" else 1
     active = 0 if options.mask == "none" else 4 * (entries // narrowest)
     if options.state == "drop":
