@@ -1,6 +1,7 @@
 """What becomes of state as selections change, held against a model that goes entry by entry; what an update asks."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -150,6 +151,23 @@ def test_a_new_start_with_drop_is_from_zero_whatever_was_held():
     state.stop(["a", "never started"])
     assert not [*state.records()]
     assert state.entries == state.first_moment_entries == 0
+
+
+@pytest.mark.parametrize("policy", ["keep", "offload"])
+def test_the_state_of_before_is_free_when_that_of_now_is_made(policy, monkeypatch):
+    """What goes on is held twice while a piece is divided, not three times."""
+    state, _ = made("bf16_master", policy=policy)
+    state.start(piece("a"), picked("a", 0.3))
+    feed(state, 1)
+    old = [weakref.ref(tensor) for record in state.records() for tensor in (*record.slots.values(), record.master)]
+    seen = []
+    for name in ("_record", "_new"):
+        make = getattr(state, name)
+        monkeypatch.setattr(
+            state, name, lambda *given, make=make: (seen.append([ref() for ref in old]), make(*given))[1]
+        )
+    state.start(piece("a"), picked("a", 0.3, seed=1))
+    assert seen == [[None] * 3] * 2
 
 
 class OneByOne:
