@@ -132,8 +132,10 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
         raise RecipeError(joined([loaded.line(problem) for problem in problems]))
     source = f"from: {method.name}, {size}, {published.source}"
     sections, comments = _filled_sections(loaded, published, source)
+    variant = getattr(options, "variant", None)
+    default = f"default of {method.name}" + (f", variant {variant}" if variant in method.facts.variants[1:] else "")
     for key in set(type(options).model_fields) - set(recipe.method):
-        comments[f"method.{key}"] = source if key in published.options else f"default of {method.name}"
+        comments[f"method.{key}"] = source if key in published.options else default
     seed = recipe.method.get("seed")
     if seed is None:
         seed = derived_seed(recipe.run.seed, "method")

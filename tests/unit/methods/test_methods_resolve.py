@@ -323,3 +323,10 @@ def test_r03_every_reason_against_it_is_told_at_once() -> None:
 def test_r03_a_method_without_the_option_says_that_it_cannot() -> None:
     expected = "method.layerwise = true: adamw cannot update inside the backward pass; leave it out"
     assert refusal(method="adamw:layerwise=true").endswith(expected)
+
+
+def test_a_default_that_a_variant_sets_says_so():
+    comments = resolve_recipe("quickstart", method="blockllm:variant=paper,sparsity=0.5").comments
+    assert comments["method.mask"] == "default of blockllm, variant paper"
+    assert "method.sparsity" not in comments
+    assert resolve_recipe("quickstart", method="blockllm").comments["method.mask"] == "default of blockllm"
