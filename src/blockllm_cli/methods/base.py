@@ -37,7 +37,7 @@ class MethodOptions(BaseModel):
     fields here; a method that has variants has a field `variant`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

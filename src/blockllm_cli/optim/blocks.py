@@ -86,8 +86,8 @@ def cut_blocks(
     members: dict[str, list[str]] = {}
     for name in shapes:
         members.setdefault(_owner(name, granularity, groups, layer_of), []).append(name)
-    for pattern in groups:
-        if pattern not in members:
+    for index, pattern in enumerate(groups):
+        if pattern not in members or pattern in groups[:index]:
             raise ValueError(f"{pattern!r} finds no candidate that an expression before it does not")
     blocks = [block for owner, names in members.items() for block in _fitted(owner, names, shapes, budget)]
     order = {name: index for index, name in enumerate(shapes)}

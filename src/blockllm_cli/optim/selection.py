@@ -198,6 +198,8 @@ def take_masked(
 ) -> tuple[list[str], Fraction]:
     """Walk `order` and take blocks until size x density sums to `limit`, the crossing one included.
 
+    Blocks of which nothing would be kept even alone are passed over.
+
     Args:
         order: blocks.
         sizes: elements of each.
@@ -208,16 +210,22 @@ def take_masked(
     Returns:
         The blocks of which something is kept, and the common share z = min(density, limit / sum of the sizes taken).
     """
-    share = exact(density)
-    taken: list[str] = []
+    most = exact(density)
+    walked: list[str] = []
     total = 0
     for name in order:
-        if total * share >= limit:
+        if total * most >= limit:
             break
-        taken.append(name)
-        total += sizes[name]
-    share = min(share, Fraction(limit, total)) if total else share
-    return [name for name in taken if kept(name, share) > 0], share
+        if kept(name, min(most, Fraction(limit, sizes[name]))) > 0:
+            walked.append(name)
+            total += sizes[name]
+    while walked:
+        share = min(most, Fraction(limit, total))
+        if taken := [name for name in walked if kept(name, share) > 0]:
+            return taken, share
+        # Spread over all of these the budget is less than a row of each: the last one goes.
+        total -= sizes[walked.pop()]
+    return [], most
 
 
 def wave(waiting: Sequence[str], sizes: Mapping[str, int], limit: int) -> list[str]:

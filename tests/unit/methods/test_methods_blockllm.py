@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blockllm_cli.errors import RecipeError
 from blockllm_cli.footprint import bytes_by_category
 from blockllm_cli.gradients.routes import Dense
 from blockllm_cli.gradients.sketch import sketch_bytes
@@ -300,3 +301,44 @@ def test_a_block_with_a_gradient_that_is_not_finite_stays_and_is_reported():
     assert not torch.isfinite(method._norms[name])
     method._norms = {name: method._norms[name]}
     assert method._unmoved_events() == [{"kind": "nonfinite", "pieces": [name]}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": "row", "density": 0.001}, "less than one row would be kept; lower sparsity, or raise density"),
+        ({"sparsity": 0.99999, "norms": "compete"}, "less than all would be kept"),
+        ({"always": (".",)}, "nothing to select"),
+        ({"always": ("attenton",)}, "'attenton' finds no parameter"),
+        ({"groups": ("q_proj", "q_proj")}, "before it does not"),
+    ],
+)
+def test_options_that_fit_no_shape_are_refused_when_planned(options, message):
+    method = make_method("blockllm", **options)
+    with pytest.raises(RecipeError, match=message):
+        method.plan({name: tuple(value.shape) for name, value in small_llama().named_parameters()})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("key", ["inactive_scale", "weight_decay", "eps"])
+def test_numbers_are_finite(key, value):
+    with pytest.raises(ValueError, match=key):
+        make_method("blockllm", inactive="sign", **{key: value})
+
+
+def test_row_masks_of_small_blocks_never_end_a_run():
+    options = {"variant": "paper", "mask": "row", "sparsity": 0.995, "density": 0.2, "score": "cyclic"}
+    method, model = make_method("blockllm", max_interval=1, **options), small_llama()
+    method.prepare(model)
+    for step in range(1, 41):
+        (event,) = [each for each in drive(method, model, step).events if each["kind"] == "selection"]
+        assert 0 < event["kept"] <= event["budget"]
+
+
+@pytest.mark.parametrize("mask", [{}, MASKED])
+def test_an_update_that_was_skipped_leaves_no_gradient_behind(mask):
+    method = make_method("blockllm", micro_batches=4, inactive="sign", **SELECTIVE, **mask)
+    method.prepare(small_llama())
+    method._dense = {"left": torch.ones(3)}
+    next(method.passes(1, RATES))
+    assert not method._dense

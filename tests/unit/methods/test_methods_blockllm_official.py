@@ -12,7 +12,7 @@ from blockllm_cli.methods.base import PassResult, Rates
 from blockllm_cli.methods.blockllm.released import Released
 from blockllm_cli.optim.blocks import Piece
 from blockllm_cli.optim.entries import Entries
-from support.methods import make_method, toy_llama
+from support.methods import drive_update, make_method, toy_llama
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "blockllm_release.safetensors"
 RATE = Rates(0.01, 0.01)
@@ -102,6 +102,17 @@ def test_the_start_takes_a_share_of_the_tensors_and_never_embedding_or_head():
         assert len(starts[-1]) == int(0.5 * 19)
         assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(starts[-1])
     assert len(set(starts)) > 15
+
+
+def test_at_least_one_tensor_trains():
+    options = {"variant": "official", "sparsity": 0.99, "probe_every": 1, "update_freq": 1, "patience": 1}
+    method, model = make_method("blockllm", **options), toy_llama()
+    method.prepare(model)
+    planned = sum(plan.bytes for plan in method.plan(method._shapes) if plan.category == "optimizer_state")
+    for step in range(1, 12):
+        drive_update(method, model, step, Rates(0.3, 0.3))
+        assert method.released.selected
+        assert 0 < sum(each.tensor.nbytes for each in method.held()) <= planned
 
 
 def test_masked_adam_as_recorded(golden):

@@ -174,3 +174,18 @@ def test_waves():
     assert wave(["c", "d"], sizes, 9) == ["c", "d"]
     assert wave(NAMES, sizes, 1) == ["a"]
     assert wave([], sizes, 9) == []
+
+
+def test_blocks_too_small_for_their_share_are_passed_over_in_any_order():
+    rows = {"a": 100, "b": 4, "c": 100, "d": 4}
+    sizes = {name: 8 * count for name, count in rows.items()}
+
+    def kept(name, share):
+        return int(share * rows[name]) * 8
+
+    for order in (NAMES, NAMES[::-1], ["b", "d", "a", "c"]):
+        for limit in (8, 16, 24, 100):
+            taken, share = take_masked(order, sizes, limit, 0.2, kept)
+            assert taken
+            assert 0 < sum(kept(name, share) for name in taken) <= limit
+    assert take_masked(NAMES, sizes, 7, 0.2, kept) == ([], Fraction(1, 5))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from fractions import Fraction
+from math import floor, prod
 
 from blockllm_cli.errors import RecipeError
 from blockllm_cli.methods.blockllm.options import BlockLLMOptions
 from blockllm_cli.model.roles import ROLES, layer_of, role_of
 from blockllm_cli.optim.blocks import Block, Piece, cut_blocks
-from blockllm_cli.optim.selection import budget
+from blockllm_cli.optim.selection import budget, exact
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -63,12 +64,16 @@ def lay_out(shapes: Shapes, options: BlockLLMOptions) -> Layout:
     entries = budget(candidates, options.sparsity)
     blocks = _blocks(competing, entries, options)
     whole = entries >= candidates and (options.mask == "none" or options.density == 1.0)
-    if blocks and not whole and not any(_fits(block, entries, options) for block in blocks):
+    if not blocks:
+        raise RecipeError("method.always names every parameter, so there is nothing to select; take method adamw")
+    if not whole and not any(_fits(block, entries, options) for block in blocks):
         smallest = min(blocks, key=lambda block: block.size)
         raise RecipeError(
             f"method.sparsity = {options.sparsity:g}: the budget is {entries} of {candidates} entries, and the "
-            f"smallest block, {smallest.name}, has {smallest.size}; lower sparsity"
-            + ("" if options.mask == "entry" else ', or set mask = "entry"')
+            f"smallest block, {smallest.name}, has {smallest.size}, of which less than "
+            + ("all" if options.mask == "none" else f"one {options.mask}")
+            + " would be kept; lower sparsity"
+            + (', or set mask = "entry"' if options.mask == "none" else ", or raise density")
         )
     return Layout(
         always=tuple(Piece(name, shape) for name, shape in shapes.items() if name in always),
@@ -127,6 +132,6 @@ def _fits(block: Block, entries: int, options: BlockLLMOptions) -> bool:
     """Whether something of the block could be trained within `entries`."""
     if options.mask == "none":
         return block.size <= entries
-    if options.mask == "row":
-        return min(piece.size // piece.shape[0] for piece in block.pieces) <= entries
-    return entries > 0
+    share = min(exact(options.density), Fraction(entries, block.size))
+    units = [piece.shape[0] if options.mask == "row" else piece.size for piece in block.pieces]
+    return any(floor(share * count) > 0 for count in units)

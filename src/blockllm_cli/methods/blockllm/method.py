@@ -110,6 +110,8 @@ class BlockLLM(Method):
     def passes(self, step: int, rates: Rates) -> Generator[Backward, PassResult, None]:
         """A scouting pass before the first selection, then the pass of the update. See `Method.passes`."""
         chooser = self.chooser
+        # What an update that was given up left behind.
+        self._turn, self._norms, self._new_entries, self._dense = None, {}, {}, {}
         scouted = None
         if chooser.wants_scouting:
             blocks = chooser.layout.blocks
@@ -118,7 +120,6 @@ class BlockLLM(Method):
             values = torch.stack(list(norms.values())).tolist()
             scouted = dict(zip(norms, values, strict=True))
         self._turn = chooser.turn(step, scouted)
-        self._norms, self._new_entries = {}, {}
         yield Backward(self._routes(self._turn, rates))
 
     def _routes(self, turn: Turn, rates: Rates) -> dict[str, Route]:

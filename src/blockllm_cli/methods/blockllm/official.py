@@ -25,8 +25,8 @@ from blockllm_cli.optim.kept_state import KeptState
 class OfficialBlockLLM(BlockLLM):
     """The released class (`released` has its source and its differences to the paper).
 
-    Adam knows neither `eps` nor `weight_decay`, and its rate is the one at the newest selection: a schedule reaches it
-    only then. All tensors that train are matrices or norms at the body's rate.
+    Adam knows neither `eps` nor `weight_decay` nor the schedule: its rate is the peak, always. All tensors that train are
+    matrices or norms at the body's rate.
     """
 
     def __init__(self, options: BlockLLMOptions, setting: Setting) -> None:
@@ -58,9 +58,8 @@ class OfficialBlockLLM(BlockLLM):
     def plan(self, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorPlan]:
         """An upper bound: the start takes a share of the tensors, whatever they hold. See `Method.plan`."""
         released = self._make(shapes)
-        count = int((1 - self._options.sparsity) * len(released.sizes))
         largest = sorted(released.sizes.values(), reverse=True)
-        most = max(sum(largest[:count]), released.limit)
+        most = max(sum(largest[: released.first_count]), released.limit, largest[0])
         most = min(most, sum(largest))
         watched = sum(largest[: self._options.probe])
         moments = str(self._precision.moments).removeprefix("torch.")
@@ -120,7 +119,6 @@ class OfficialBlockLLM(BlockLLM):
         released = self.released
         if not released.after_update(step, norms, loss):
             return []
-        self._rate = rates.body
         self._start_selected()
         return [self._event(step)]
 
@@ -152,7 +150,7 @@ class OfficialBlockLLM(BlockLLM):
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors of `KeptState`, and under `release` what the release decided."""
-        return {**self._state.state_dict(), "release": {**self.released.state(), "rate": self._rate}}
+        return {**self._state.state_dict(), "release": self.released.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""
@@ -161,7 +159,6 @@ class OfficialBlockLLM(BlockLLM):
                 raise InputError(f'the state to load has no {key!r}: it is not that of blockllm, variant "official"')
         self._state.load_state_dict(state)
         self.released.restore(state["release"])
-        self._rate = state["release"]["rate"]
 
     @property
     def trainable_entries(self) -> int:

@@ -154,6 +154,8 @@ class BlockLLMOptions(MethodOptions):
     @classmethod
     def _are_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
+            if not pattern:
+                raise ValueError("an empty expression finds everything; name what is meant")
             try:
                 re.compile(pattern)
             except re.error as error:

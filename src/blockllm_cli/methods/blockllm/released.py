@@ -3,7 +3,8 @@
 Source: class `BlockLLM` of RAmruthaVignesh/blockllm, commit 4a629f4. It differs from the paper in nearly every rule:
 blocks are tensors and are trained whole, embedding and head never train, the first update changes nothing, the visit
 frequency hardly weighs in the score (it is normalised and divided by the update's number as well), the tensor that
-reaches the budget is left out, and a new selection needs a loss that has *fallen* on average.
+reaches the budget is left out, and a new selection needs newest losses above the mean of all since the last one. Where
+the release would be left without any tensor to train, and fail, the first one is taken.
 """
 
 from __future__ import annotations
@@ -53,10 +54,15 @@ class Released:
         """Elements that a selection stays below; embedding and head do not count in."""
         return int((1 - self.sparsity) * sum(self.sizes.values()))
 
+    @property
+    def first_count(self) -> int:
+        """Tensors of the start."""
+        return max(1, int((1 - self.sparsity) * len(self.sizes)))
+
     def begin(self) -> None:
         """The start: that share of the *tensors*, not of their elements, drawn at random."""
         self.visits = dict.fromkeys(self.sizes, 1.0 / len(self.sizes))
-        self.selected = self._shuffled(list(self.sizes), "begin", 0)[: int((1 - self.sparsity) * len(self.sizes))]
+        self.selected = self._shuffled(list(self.sizes), "begin", 0)[: self.first_count]
 
     def after_update(self, step: int, norms: Mapping[str, float], loss: float) -> bool:
         """Take note of an update that was carried out; returns whether another selection was made.
@@ -94,6 +100,7 @@ class Released:
             if size >= self.limit:
                 break
             self.selected.append(name)
+        self.selected = self.selected or [*ranked, *unknown][:1]
         self._count_visits()
         self.watched = []
         self.losses = []
