@@ -25,8 +25,8 @@ from blockllm_cli.optim.kept_state import KeptState
 class OfficialBlockLLM(BlockLLM):
     """The released class (`released` has its source and its differences to the paper).
 
-    Adam knows neither `eps` nor `weight_decay` nor the schedule: its rate is the peak, always. All tensors that train are
-    matrices or norms at the body's rate.
+    Adam knows neither `eps` nor `weight_decay` nor the schedule: its rate is the peak, always. All tensors that train
+    are matrices or norms, at the body's rate.
     """
 
     def __init__(self, options: BlockLLMOptions, setting: Setting) -> None:
