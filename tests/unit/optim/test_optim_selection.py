@@ -162,6 +162,8 @@ def test_the_crossing_block_is_included_and_all_keep_the_same_share():
     sizes = {"a": 40, "b": 30, "c": 30}
     taken, share = take_masked(list(sizes), sizes, 50, 1.0, lambda name, z: int(z * sizes[name]))
     assert (taken, share) == (["a", "b"], Fraction(5, 7))
+    taken, share = take_masked(list(sizes), sizes, 20, 0.5, lambda name, z: int(z * sizes[name]))
+    assert (taken, share) == (["a"], Fraction(1, 2))  # the budget is met, nothing has to cross it
     taken, share = take_masked(list(sizes), sizes, 10, 0.1, lambda name, z: int(z * sizes[name]))
     assert (taken, share) == (["a", "b", "c"], Fraction(1, 10))
     # 0.1 x 30 is 3, not 2.9999
