@@ -154,7 +154,8 @@ def _usage_or_bug(error: Exception) -> int:
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):
         from typer import rich_utils
 
-        rich_utils.rich_format_error(error)  # type: ignore[arg-type]
+        misuse: Any = error  # typer keeps the class of these to itself
+        rich_utils.rich_format_error(misuse)
         return int(error.exit_code)
     traceback.print_exception(error)
     return _say("this is a bug in blockllm: please report it with the lines above", ExitCode.BUG)

@@ -23,7 +23,7 @@ def command(monkeypatch: pytest.MonkeyPatch):
 
     def install(function) -> None:
         module = types.ModuleType("blockllm_cli.commands.probe")
-        module.probe = function  # type: ignore[attr-defined]
+        vars(module)["probe"] = function
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(app.COMMANDS, "probe", app.CommandEntry("probe:probe", "Probe.", "Machine"))
         monkeypatch.setattr(app, "app", app._make_app())

@@ -8,7 +8,7 @@ A document moves within its block and with its shard, no further: that is the mi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -112,7 +112,7 @@ def read_blocks(
     index: int = 0,
     start: Cursor | None = None,
     should_stop: StopCheck = never,
-) -> Iterator[TextBlock]:
+) -> Generator[TextBlock, None, None]:
     """Yield the blocks of one epoch from block `index`, which begins at `start`, to its last.
 
     A block that alone has more bad documents than `settings.max_bad_documents` is cut off there and the last to come.

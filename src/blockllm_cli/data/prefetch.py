@@ -119,7 +119,7 @@ class BlockSource:
                     start=start,
                     should_stop=self._closed.is_set,
                 )
-                with closing(blocks):  # type: ignore[type-var]
+                with closing(blocks):
                     for block in blocks:
                         if self._pool is None:
                             self._queue(block)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -60,8 +60,8 @@ def routed(
                 layer.feeds = feeds
                 layers.append(layer)
             else:
-                register = parameter.register_post_accumulate_grad_hook  # untyped in torch
-                handles.append(register(_feeder(mine)))  # type: ignore[no-untyped-call]
+                register: Any = parameter.register_post_accumulate_grad_hook  # untyped in torch
+                handles.append(register(_feeder(mine)))
         yield
     finally:
         for handle in handles:

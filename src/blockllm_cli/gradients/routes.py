@@ -40,8 +40,11 @@ class Route(ABC):
         return None
 
     def accept_rows(self, rows: Tensor) -> None:
-        """Take the wanted rows of one micro-batch's gradient; those wanted by number are made for this route alone."""
-        raise NotImplementedError
+        """Take the wanted rows of one micro-batch's gradient: all of it, unless `wanted_rows` says otherwise.
+
+        Rows that are wanted by number are made for this route alone.
+        """
+        self.accept(rows)
 
     @abstractmethod
     def result(self) -> Tensor | None:
@@ -110,8 +113,11 @@ class Gather(Route):
         return self._rows
 
     def accept_rows(self, rows: Tensor) -> None:
-        """Add the kept rows."""
-        self._add(rows.reshape(-1))
+        """Add the kept rows, or the kept entries if these are no whole rows."""
+        if self._rows is None:
+            self.accept(rows)
+        else:
+            self._add(rows.reshape(-1))
 
     def _add(self, kept: Tensor) -> None:
         if self._sum is None:
@@ -163,10 +169,7 @@ class Rows(Route):
 
     def accept_rows(self, rows: Tensor) -> None:
         """Hand the wanted rows on."""
-        if self._inner.wanted_rows() is None:
-            self._inner.accept(rows)
-        else:
-            self._inner.accept_rows(rows)
+        self._inner.accept_rows(rows)
 
     def result(self) -> Tensor | None:
         """The result of the route within."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from blockllm_cli.footprint import Category, TensorPlan
 from blockllm_cli.gradients.routes import Route
+from blockllm_cli.model.roles import DENSE_ROLES, role_of
 from blockllm_cli.optim.precision import Precision
 
 Event = dict[str, Any]
@@ -103,6 +104,10 @@ class Rates:
 
     body: float
     dense: float
+
+    def of(self, parameter: str) -> float:
+        """The rate of the parameter of this name."""
+        return self.dense if role_of(parameter) in DENSE_ROLES else self.body
 
 
 @dataclass(frozen=True)
@@ -215,10 +220,13 @@ class Method(ABC):
         With `count_unchanged`, writes rounded to bf16 count the entries that kept their value (see `unchanged`).
         """
 
+    _unchanged: Tensor | None = None
+    """What the last update counted, a scalar on its device; None if it did not count."""
+
     @property
     def unchanged(self) -> float | None:
         """Share of the bf16 entries written by the last update that kept their value; None if it did not count them."""
-        return None
+        return None if self._unchanged is None else float(self._unchanged)
 
     def rate_factor(self, step: int) -> float:
         """Factor on the schedule's rates at update `step`; a pure function."""

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import replace
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -27,7 +25,6 @@ from blockllm_cli.methods.base import (
     Setting,
     StateDtype,
 )
-from blockllm_cli.model.roles import DENSE_ROLES, role_of
 from blockllm_cli.optim.dense_state import DenseState
 from blockllm_cli.optim.rules import DenseRule
 
@@ -61,14 +58,11 @@ class DenseMethod(Method):
     """
 
     def __init__(self, options: Any, setting: Setting) -> None:
-        precision = setting.precision
-        if options.state_dtype is not None:
-            precision = replace(precision, moments={"fp32": torch.float32, "bf16": torch.bfloat16}[options.state_dtype])
+        precision = setting.precision.with_moments(options.state_dtype)
         self._options = options
         self._accumulator = precision.accumulator(setting.micro_batches)
         self._state = DenseState(self._rule(options), precision, setting.seed)
         self._names: list[str] = []
-        self._unchanged: Tensor | None = None
 
     @staticmethod
     @abstractmethod
@@ -105,17 +99,8 @@ class DenseMethod(Method):
         count_unchanged: bool = False,
     ) -> list[Event]:
         """Apply the rule to each parameter at the rate of its role. See `Method.update`."""
-
-        def rate_of(name: str) -> float:
-            return rates.dense if role_of(name) in DENSE_ROLES else rates.body
-
-        self._unchanged = self._state.update(chosen, rate_of, count_unchanged=count_unchanged)
+        self._unchanged = self._state.update(chosen, rates.of, count_unchanged=count_unchanged)
         return []
-
-    @property
-    def unchanged(self) -> float | None:
-        """See `Method.unchanged`."""
-        return None if self._unchanged is None else float(self._unchanged)
 
     def state_dict(self) -> dict[str, Any]:
         """State tensors by parameter name, and `step`. See `Method.state_dict`."""

@@ -10,12 +10,14 @@ Letters: B rows, L positions, H query heads, G key and value heads, R = H / G qu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from blockllm_cli.model.autograd import applied
 
 _CACHE_BYTES = 2**20
 """Scores in fp32 are made for as many heads at once as stay in a core's second-level cache."""
@@ -52,7 +54,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     """
     length = query.shape[2]
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and length <= _LONGEST_ROW:
-        mixed = cast(Tensor, _BlockedAttention.apply(query, key, value, mask))  # type: ignore[no-untyped-call]
+        mixed: Tensor = applied(_BlockedAttention, query, key, value, mask)
     else:
         is_grouped = query.shape[1] != key.shape[1]
         mixed = F.scaled_dot_product_attention(

@@ -6,12 +6,14 @@ gated activation three; these keep their inputs and make the rest again.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from blockllm_cli.model.autograd import applied
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,12 +22,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Statistics and quotient are fp32; the quotient is rounded to the dtype of `x` before it meets `weight`, as in
     Hugging Face's Llama.
     """
-    return cast(Tensor, _RMSNorm.apply(x, weight, eps))  # type: ignore[no-untyped-call]
+    normalised: Tensor = applied(_RMSNorm, x, weight, eps)
+    return normalised
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(`gate`) * `up`, elementwise."""
-    return cast(Tensor, _GatedSilu.apply(gate, up))  # type: ignore[no-untyped-call]
+    gated: Tensor = applied(_GatedSilu, gate, up)
+    return gated
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -7,12 +7,14 @@ set makes it itself in the backward pass, and only the rows that are wanted: a t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from blockllm_cli.model.autograd import applied
 
 Wanted = slice | Tensor
 """Rows of a matrix: contiguous ones, or their numbers (int64, ascending)."""
@@ -43,7 +45,8 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to the last dimension of `input`."""
         if self.feeds:
-            return cast(Tensor, _FedLinear.apply(input, self.weight, self.feeds))  # type: ignore[no-untyped-call]
+            fed: Tensor = applied(_FedLinear, input, self.weight, self.feeds)
+            return fed
         return F.linear(input, self.weight)
 
 

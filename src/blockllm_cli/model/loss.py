@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from blockllm_cli.model.autograd import applied
 from blockllm_cli.model.head_sum import HeadSum, add_chunk, cached_rows
 from blockllm_cli.model.linears import Feed, Wanted
 
@@ -57,8 +58,8 @@ def chunked_nll(
         detached).
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
-        loss, total = _ChunkedNLL.apply(hidden, head, targets, scale, chunk, feeds)  # type: ignore[no-untyped-call]
-        return loss, total
+        result: tuple[Tensor, Tensor] = applied(_ChunkedNLL, hidden, head, targets, scale, chunk, feeds)
+        return result
     total = token_nll(hidden, head, targets, chunk).sum(dtype=torch.float64)
     return (total * scale).float(), total
 

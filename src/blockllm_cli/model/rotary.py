@@ -5,11 +5,13 @@ Channel i is paired with channel i + K/2 of its head, the convention of Hugging 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from blockllm_cli.model.autograd import applied
 
 
 class Turn(NamedTuple):
@@ -57,7 +59,8 @@ class Rotary:
 
 def turned(x: Tensor, turn: Turn) -> Tensor:
     """`x` (B, L, H, K) with the channels of each position turned, as (B, H, L, K)."""
-    return cast(Tensor, _Turned.apply(x.transpose(1, 2), turn.cosine, turn.sine))  # type: ignore[no-untyped-call]
+    result: Tensor = applied(_Turned, x.transpose(1, 2), turn.cosine, turn.sine)
+    return result
 
 
 class _Turned(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,6 +29,12 @@ class Precision:
     has_master: bool
     rounding: Rounding = "nearest"
 
+    def with_moments(self, dtype: Literal["fp32", "bf16"] | None) -> Precision:
+        """The same with moments of `dtype`; None leaves them."""
+        if dtype is None:
+            return self
+        return replace(self, moments={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+
     def accumulator(self, micro_batches: int) -> torch.dtype:
         """Dtype in which a route sums a gradient over `micro_batches` backward passes."""
         if self.name == "bf16_papers":
@@ -38,10 +44,8 @@ class Precision:
         return self.weights
 
 
-def precision_of(name: PrecisionName, rounding: Rounding = "nearest", state_dtype: str | None = None) -> Precision:
-    """The dtypes behind a recipe's `run.precision`; `state_dtype` ("fp32" or "bf16") overrides that of the moments."""
+def precision_of(name: PrecisionName, rounding: Rounding = "nearest") -> Precision:
+    """The dtypes behind a recipe's `run.precision`."""
     weights = torch.float32 if name == "fp32" else torch.bfloat16
     moments = torch.bfloat16 if name == "bf16_papers" else torch.float32
-    if state_dtype is not None:
-        moments = {"fp32": torch.float32, "bf16": torch.bfloat16}[state_dtype]
     return Precision(name, weights, moments, has_master=name == "bf16_master", rounding=rounding)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -121,5 +120,5 @@ def _instead(path: Path) -> str:
 
 
 def _inside(folder: Path) -> str:
-    files = sorted(file.name for file in folder.glob("*.toml"))
-    return f"; it holds {', '.join(os.path.join(folder, name) for name in files[:5])}" if files else ""  # noqa: PTH118
+    files = sorted(folder.glob("*.toml"))
+    return f"; it holds {', '.join(str(file) for file in files[:5])}" if files else ""

@@ -81,7 +81,7 @@ class Draft:
         """
         if self.problems:
             raise RecipeError(joined(self.problems))
-        recipe = Recipe(**self.sections, method=dict(self.method))  # type: ignore[arg-type]
+        recipe = Recipe.model_validate({**self.sections, "method": dict(self.method)})
         return LoadedRecipe(recipe, self.layers.origins, self.path, self.layers.texts)
 
 

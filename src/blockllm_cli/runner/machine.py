@@ -21,6 +21,7 @@ from blockllm_cli import __version__
 from blockllm_cli.durable import write_json
 from blockllm_cli.optim.precision import Precision, PrecisionName, Rounding, precision_of
 from blockllm_cli.recipe.load import LoadedRecipe
+from blockllm_cli.recipe.sections import PrecisionWord
 from blockllm_cli.training.precision import bf16_is_faster
 
 _PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "pydantic", "datasets", "wandb")
@@ -94,15 +95,14 @@ def on_machine(machine: Machine) -> Iterator[None]:
         filling.fill_uninitialized_memory = fill
 
 
-def choose_precision(name: str, rounding: Rounding, device: torch.device) -> tuple[Precision, str]:
+def choose_precision(name: PrecisionWord, rounding: Rounding, device: torch.device) -> tuple[Precision, str]:
     """The precision of the run and, where `auto` was asked for, a line on what decided."""
-    note = ""
-    if name == "auto":
-        faster = bf16_is_faster(device)
-        name = "bf16" if faster else "fp32"
-        note = f"precision auto: {name}, since products in bf16 are {'' if faster else 'not '}faster on this machine"
-    word: PrecisionName = name  # type: ignore[assignment]  # the schema allows no other words
-    return precision_of(word, rounding), note
+    if name != "auto":
+        return precision_of(name, rounding), ""
+    faster = bf16_is_faster(device)
+    chosen: PrecisionName = "bf16" if faster else "fp32"
+    note = f"precision auto: {chosen}, since products in bf16 are {'' if faster else 'not '}faster on this machine"
+    return precision_of(chosen, rounding), note
 
 
 def describe_environment(machine: Machine) -> dict[str, Any]:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from blockllm_cli.gradients.clip import kept_norm, scale_to
-from blockllm_cli.gradients.engine import routed
 from blockllm_cli.gradients.routes import Route
-from blockllm_cli.methods.base import Backward, Event, Method, PassResult, Rates
+from blockllm_cli.methods.base import Event, Method, PassResult, Rates
 from blockllm_cli.model.batch import Batch
 from blockllm_cli.model.llama import LlamaForCausalLM
 from blockllm_cli.testing.tiny import ROWS, tiny_batch
-
-Feeding = Literal["auto", "hook"]
+from blockllm_cli.training.passes import run_passes
 
 
 @dataclass
@@ -56,10 +53,9 @@ def ask_update(
     rows: int = ROWS,
     micro_batches: int = 1,
     loss_factor: float = 1.0,
-    feeding: Feeding = "auto",
     between: Callable[[Mapping[str, Route]], None] = lambda routes: None,
 ) -> Asked:
-    """Ask for the passes of an update, run them, and let the method choose.
+    """Run the passes of an update as the trainer does, and let the method choose.
 
     Args:
         method: prepared with `model`.
@@ -70,43 +66,24 @@ def ask_update(
         rows: of one update.
         micro_batches: divides `rows`.
         loss_factor: on every gradient; not-a-number makes an update that a trainer has to give up.
-        feeding: see `routed`.
         between: called with the routes after each micro-batch.
     """
     size = rows // micro_batches
     parts = [batch(step, slice(start, start + size)) for start in range(0, rows, size)]
-    results: list[PassResult] = []
-    passes = method.passes(step, rates)
-    asked = next(passes, None)
-    while asked is not None:
-        results.append(_run_pass(model, asked, parts, loss_factor, feeding, between))
-        try:
-            asked = passes.send(results[-1])
-        except StopIteration:
-            asked = None
+    targets = sum(part.num_targets for part in parts)
+    results = run_passes(
+        method,
+        model,
+        step,
+        rates,
+        lambda: parts,
+        targets=targets,
+        scale=loss_factor / targets,
+        before_write=lambda nll: None,
+        after_backward=between,
+    )
     chosen = method.choose(step, results)
     return Asked(results, chosen, float(results[-1].loss), float(kept_norm(chosen.values())))
-
-
-def _run_pass(
-    model: LlamaForCausalLM,
-    asked: Backward,
-    parts: list[Batch],
-    loss_factor: float,
-    feeding: Feeding,
-    between: Callable[[Mapping[str, Route]], None],
-) -> PassResult:
-    targets = sum(part.num_targets for part in parts)
-    nll = torch.zeros((), dtype=torch.float64)
-    with routed(model, asked.routes, feeding=feeding):
-        for part in parts:
-            loss, part_nll = model.loss(part, scale=loss_factor / targets)
-            if asked.routes:
-                loss.backward()  # type: ignore[no-untyped-call]
-            nll += part_nll
-            between(asked.routes)
-    gradients = {key: kept for key, route in asked.routes.items() if (kept := route.result()) is not None}
-    return PassResult(gradients, nll / targets)
 
 
 def drive_update(
@@ -115,26 +92,22 @@ def drive_update(
     step: int,
     rates: Rates,
     *,
-    batch: Callable[[int, slice], Batch] = tiny_batch,
-    rows: int = ROWS,
-    micro_batches: int = 1,
     clip: float = 0.0,
-    feeding: Feeding = "auto",
-    between: Callable[[Mapping[str, Route]], None] = lambda routes: None,
     count_unchanged: bool = False,
+    **asking: Any,
 ) -> Driven:
-    """One whole update; `clip` limits the kept norm (0 is off), all else is as in `ask_update` and `Method.update`."""
-    asked = ask_update(
-        method,
-        model,
-        step,
-        rates,
-        batch=batch,
-        rows=rows,
-        micro_batches=micro_batches,
-        feeding=feeding,
-        between=between,
-    )
+    """One whole update.
+
+    Args:
+        method: as in `ask_update`, like `model`, `step` and `rates`.
+        model: see there.
+        step: see there.
+        rates: see there.
+        clip: limit of the kept norm; 0 is off.
+        count_unchanged: see `Method.update`.
+        asking: the other arguments of `ask_update`.
+    """
+    asked = ask_update(method, model, step, rates, **asking)
     if clip:
         scale_to(asked.chosen.values(), asked.norm, clip)
     events = method.update(step, rates, asked.chosen, asked.loss, count_unchanged=count_unchanged)

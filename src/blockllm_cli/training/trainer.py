@@ -22,9 +22,10 @@ from blockllm_cli.data.rows import Rows
 from blockllm_cli.data.stream import RowStream, Taken, rows_digest
 from blockllm_cli.errors import BlockLLMError, DivergedError, InputError, StopRequested
 from blockllm_cli.gradients.clip import kept_norm, scale_to
-from blockllm_cli.gradients.engine import routed
-from blockllm_cli.methods.base import Backward, Event, Method, PassResult, Rates
+from blockllm_cli.methods.base import Event, Method, PassResult, Rates
+from blockllm_cli.model.batch import Batch
 from blockllm_cli.model.llama import LlamaForCausalLM
+from blockllm_cli.training.passes import run_passes
 from blockllm_cli.training.schedule import Schedule
 
 
@@ -225,36 +226,29 @@ class Trainer:
         )
 
     def _passes(self, step: int, rates: Rates, rows: Rows, targets: int) -> list[PassResult]:
-        results: list[PassResult] = []
-        passes = self.method.passes(step, rates)
-        asked = next(passes, None)
-        while asked is not None:
-            results.append(self._backward(asked, step, rates, rows, targets))
-            try:
-                asked = passes.send(results[-1])
-            except StopIteration:
-                asked = None
-        return results
+        def refuse_nonfinite(nll: float) -> None:
+            if not math.isfinite(nll):
+                raise self._diverged(step, nll / targets, "not taken", rates)
 
-    def _backward(self, asked: Backward, step: int, rates: Rates, rows: Rows, targets: int) -> PassResult:
-        nll = torch.zeros((), dtype=torch.float64, device=self._settings.device)
-        writes = any(route.writes for route in asked.routes.values())
-        with routed(self.model, asked.routes):
-            for part in micro_batches(rows, self._settings.micro_rows):
-                if self._should_stop():
-                    raise StopRequested
-                batch = batch_of(part, self._settings.device)
-                if batch.num_targets == 0:
-                    continue
-                loss, part_nll = self.model.loss(batch, scale=1.0 / targets)
-                if writes and not math.isfinite(seen := float(part_nll)):
-                    raise self._diverged(step, seen / targets, "not taken", rates)
-                if asked.routes:
-                    loss.backward()  # type: ignore[no-untyped-call]
-                nll += part_nll
-                self._probe.mark("backward", sum(route.held_bytes() for route in asked.routes.values()))
-        gradients = {name: kept for name, route in asked.routes.items() if (kept := route.result()) is not None}
-        return PassResult(gradients, nll / targets)
+        return run_passes(
+            self.method,
+            self.model,
+            step,
+            rates,
+            lambda: self._batches(rows),
+            targets=targets,
+            scale=1.0 / targets,
+            before_write=refuse_nonfinite,
+            after_backward=lambda routes: self._probe.mark(
+                "backward", sum(route.held_bytes() for route in routes.values())
+            ),
+        )
+
+    def _batches(self, rows: Rows) -> Iterator[Batch]:
+        for part in micro_batches(rows, self._settings.micro_rows):
+            if self._should_stop():
+                raise StopRequested
+            yield batch_of(part, self._settings.device)
 
     def _diverged(self, step: int, loss: float, norm: float | str, rates: Rates) -> DivergedError:
         return DivergedError(

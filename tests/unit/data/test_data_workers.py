@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 from multiprocessing import active_children
 
 import psutil
@@ -127,8 +128,7 @@ def test_a_file_that_disappears_is_an_input_error_each_time(corpus, workers):
 
 def test_workers_are_spawned_and_do_without_torch(corpus):
     """R32: under spawn a worker knows only what it imports; torch would cost each of them 200 MB."""
-    import torch  # here, so that a worker that shared our modules would have it  # noqa: F401
-
+    import_module("torch")  # so that a worker that shared our modules would have it
     assert walk(corpus, [20], tokenizer=TorchFreeTokenizer(), workers=2) == walk(corpus, [20])
 
 

@@ -11,7 +11,7 @@ from blockllm_cli.memory.plan import PLANNED, plan_run
 from blockllm_cli.methods.base import Rates
 from blockllm_cli.model.config import SIZES, LlamaConfig
 from blockllm_cli.optim.precision import precision_of
-from support.methods import make_method, run_update, toy_config, toy_llama
+from support.methods import drive_update, make_method, toy_config, toy_llama
 
 
 def planned(name, precision, *, tied=False, **keywords):
@@ -105,9 +105,11 @@ def test_a_real_update_holds_what_was_planned(name, precision, tied, micro_batch
     model = toy_llama(precision_of(precision).weights, tied=tied)
     method.prepare(model)
     meter = MemoryMeter(model, method)
-    routes = next(method.passes(1, Rates(1e-3, 1e-3))).routes
-    run_update(method, model, 1, Rates(1e-3, 1e-3), micro_batches=micro_batches, routes=routes)
-    meter.mark("backward", sum(route.held_bytes() for route in routes.values()))
+
+    def mark(routes):
+        meter.mark("backward", sum(route.held_bytes() for route in routes.values()))
+
+    drive_update(method, model, 1, Rates(1e-3, 1e-3), micro_batches=micro_batches, between=mark)
     meter.mark("update", 0)
     real = meter.by_category()
     assert {name: real[name] for name in PLANNED} == {name: plan.by_category()[name] for name in PLANNED}

@@ -3,7 +3,7 @@
 import torch
 
 from blockllm_cli.methods.base import Rates
-from support.methods import LENGTH, ROWS, make_method, run_update, toy_batch, toy_llama
+from support.methods import LENGTH, ROWS, drive_update, make_method, toy_batch, toy_llama
 
 
 def test_is_torchs_adam_to_the_bit():
@@ -12,7 +12,7 @@ def test_is_torchs_adam_to_the_bit():
     method.prepare(mine)
     optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
     for step in range(1, 51):
-        run_update(method, mine, step, Rates(1e-2, 1e-2))
+        drive_update(method, mine, step, Rates(1e-2, 1e-2))
         optimizer.zero_grad()
         theirs.loss(toy_batch(step), scale=1.0 / (ROWS * LENGTH))[0].backward()
         optimizer.step()
@@ -26,7 +26,7 @@ def test_without_decay_it_is_adamw():
         method, model = make_method(name), toy_llama()
         method.prepare(model)
         for step in range(1, 6):
-            run_update(method, model, step, Rates(1e-3, 1e-2))
+            drive_update(method, model, step, Rates(1e-3, 1e-2))
         models.append(model)
     for left, right in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(left, right)

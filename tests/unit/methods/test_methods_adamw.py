@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from blockllm_cli.methods.adamw import AdamW
 from blockllm_cli.methods.base import Rates
 from blockllm_cli.model.roles import DENSE_ROLES, role_of
-from support.methods import LENGTH, ROWS, make_method, run_update, toy_batch, toy_llama
+from support.methods import LENGTH, ROWS, drive_update, make_method, toy_batch, toy_llama
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -23,7 +23,7 @@ def test_is_torchs_adamw_with_two_groups_to_the_bit(tied):
     optimizer = torch.optim.AdamW([body, dense], lr=1.0, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1, fused=True)
     for step in range(1, 51):
         rates = Rates(body=1e-3 * min(step / 10, 1.0), dense=1e-2 * (1 - step / 60))
-        run_update(method, mine, step, rates)
+        drive_update(method, mine, step, rates)
         body["lr"], dense["lr"] = rates.body, rates.dense
         for group, rate in zip(optimizer.param_groups, (rates.body, rates.dense), strict=True):
             group["lr"] = rate

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from blockllm_cli.methods.base import PassResult, Rates
@@ -32,8 +33,7 @@ class Recorded(nn.Module):
 @pytest.fixture(scope="module")
 def recorded():
     with safe_open(GOLDEN, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
-        return tensors, file.metadata()
+        return load_file(GOLDEN), file.metadata()
 
 
 @pytest.mark.parametrize("variant", ["release", "release_noloss"])

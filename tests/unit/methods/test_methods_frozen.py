@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from blockllm_cli.methods.base import Rates
 from blockllm_cli.methods.frozen import Frozen
 from blockllm_cli.model.roles import role_of
-from support.methods import make_method, run_update, toy_llama
+from support.methods import drive_update, make_method, toy_llama
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -18,7 +18,7 @@ def test_matrices_keep_every_bit_and_get_no_route(tied):
     (asked,) = method.passes(1, Rates(1e-3, 1e-3))
     assert {role_of(name) for name in asked.routes} == {"embedding", "norm"} | (set() if tied else {"head"})
     for step in range(1, 6):
-        run_update(method, model, step, Rates(body=0.5, dense=1e-2))
+        drive_update(method, model, step, Rates(body=0.5, dense=1e-2))
     for name, value in before.items():
         assert torch.equal(model.get_parameter(name), value) == (role_of(name) in {"attention", "mlp"}), name
 
@@ -29,7 +29,7 @@ def test_what_learns_learns_as_with_adamw_at_the_dense_rate():
     for name in ("frozen", "adamw"):
         method, models[name] = make_method(name), toy_llama()
         method.prepare(models[name])
-        run_update(method, models[name], 1, Rates(body=0.0 if name == "adamw" else 7.0, dense=1e-2))
+        drive_update(method, models[name], 1, Rates(body=0.0 if name == "adamw" else 7.0, dense=1e-2))
     for name, parameter in models["adamw"].named_parameters():
         assert torch.equal(models["frozen"].get_parameter(name), parameter), name
 
@@ -41,7 +41,7 @@ def test_no_weight_product_is_made_for_the_matrices():
         method, model = make_method(name), toy_llama()
         method.prepare(model)
         with FlopCounterMode(display=False) as counter:
-            run_update(method, model, 1, Rates(1e-3, 1e-3))
+            drive_update(method, model, 1, Rates(1e-3, 1e-3))
         flops[name] = counter.get_total_flops()
     entries = sum(p.numel() for name, p in toy_llama().named_parameters() if role_of(name) in {"attention", "mlp"})
     assert flops["adamw"] - flops["frozen"] == 2 * entries * 6 * 12

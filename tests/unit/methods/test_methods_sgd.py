@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from blockllm_cli.methods.base import Rates
 from blockllm_cli.methods.sgd import Sgd
-from support.methods import LENGTH, ROWS, make_method, run_update, toy_batch, toy_llama
+from support.methods import LENGTH, ROWS, drive_update, make_method, toy_batch, toy_llama
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ def test_is_torchs_sgd_to_the_bit(options):
     method.prepare(mine)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, **{"momentum": 0.9, **options}, foreach=True)
     for step in range(1, 21):
-        run_update(method, mine, step, Rates(0.1, 0.1))
+        drive_update(method, mine, step, Rates(0.1, 0.1))
         optimizer.zero_grad()
         theirs.loss(toy_batch(step), scale=1.0 / (ROWS * LENGTH))[0].backward()
         optimizer.step()

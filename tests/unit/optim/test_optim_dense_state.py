@@ -13,7 +13,7 @@ SHAPES = {"a": (50, 33), "b": (7,), "c": (129, 3)}
 
 def made(precision, rounding="nearest", state_dtype=None, seed=0):
     draw = torch.Generator().manual_seed(9)
-    held = precision_of(precision, rounding, state_dtype)
+    held = precision_of(precision, rounding).with_moments(state_dtype)
     weights = {name: torch.randn(shape, generator=draw).to(held.weights) for name, shape in SHAPES.items()}
     state = DenseState(AdamRule(weight_decay=0.1, decoupled=True), held, seed)
     state.allocate(weights)

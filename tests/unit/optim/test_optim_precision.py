@@ -25,8 +25,8 @@ def test_dtypes_of_each_precision(name, weights, one, many, moments, master):
 
 
 def test_state_dtype_overrides_the_moments_only():
-    assert precision_of("bf16_papers", state_dtype="fp32").moments == F
-    precision = precision_of("bf16_master", "stochastic", state_dtype="bf16")
+    assert precision_of("bf16_papers").with_moments("fp32").moments == F
+    precision = precision_of("bf16_master", "stochastic").with_moments("bf16")
     assert (precision.moments, precision.weights, precision.has_master, precision.rounding) == (
         B,
         B,

@@ -137,8 +137,7 @@ def test_stop_after_must_be_an_update_of_the_run(tiny, stop_after):
         tiny.run(stop_after=stop_after)
 
 
-def test_a_device_that_is_not_there(tiny):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has the device")
+def test_a_device_that_is_not_there(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RecipeError, match=r"run\.device.*cuda:0.*it has cpu"):
         tiny.run("run.device=cuda:0")

@@ -81,23 +81,28 @@ class SeedOptions(AdamWOptions):
     seed: int = Field(default=0, description="Seed.")
 
 
+def named(name, says, **attributes):
+    return breaks("states_its_facts", says=says)(type(name, (Mutant,), {"__module__": __name__, **attributes}))
+
+
 def with_facts(name, says, **changed):
-    kind = type(name, (Mutant,), {"facts": replace(AdamW.facts, **changed)})
-    breaks("states_its_facts", says=says)(kind)
+    return named(name, says, facts=replace(AdamW.facts, **changed))
 
 
 def with_options(name, says, options):
-    breaks("states_its_facts", says=says)(type(name, (Mutant,), {"Options": options}))
+    return named(name, says, Options=options)
 
 
-with_facts("NoTitle", "`facts.title` is empty", title=" ")
-with_facts("NoRates", "it publishes no rates", hyperparameters={})
-with_facts("UnknownSize", "['61m']", hyperparameters={"61m": Hyperparameters(1e-3)})
-with_facts("NoSource", "are from 'a friend'", hyperparameters={"60m": Hyperparameters(1e-3, source="a friend")})
-with_facts("ZeroRate", "rates are above 0", hyperparameters={"60m": Hyperparameters(0.0)})
-with_facts("BadOption", "are refused", hyperparameters={"60m": Hyperparameters(1e-3, options={"bets": 1})})
-with_facts("InventsVariants", "`facts.variants`", variants=("one",))
-with_facts("NoCycle", "`facts.cycle.updates` is 0", cycle=Cycle(updates=0))
-with_options("HidesVariants", "takes ('one', 'two')", VariantOptions)
-with_options("NoDescription", "the option strength has no description", BareOptions)
-with_options("OwnSeed", "there is an option seed", SeedOptions)
+WRONG_FACTS = (
+    with_facts("NoTitle", "`facts.title` is empty", title=" "),
+    with_facts("NoRates", "it publishes no rates", hyperparameters={}),
+    with_facts("UnknownSize", "['61m']", hyperparameters={"61m": Hyperparameters(1e-3)}),
+    with_facts("NoSource", "are from 'a friend'", hyperparameters={"60m": Hyperparameters(1e-3, source="a friend")}),
+    with_facts("ZeroRate", "rates are above 0", hyperparameters={"60m": Hyperparameters(0.0)}),
+    with_facts("BadOption", "are refused", hyperparameters={"60m": Hyperparameters(1e-3, options={"bets": 1})}),
+    with_facts("InventsVariants", "`facts.variants`", variants=("one",)),
+    with_facts("NoCycle", "`facts.cycle.updates` is 0", cycle=Cycle(updates=0)),
+    with_options("HidesVariants", "takes ('one', 'two')", VariantOptions),
+    with_options("NoDescription", "the option strength has no description", BareOptions),
+    with_options("OwnSeed", "there is an option seed", SeedOptions),
+)

@@ -2,17 +2,19 @@
 
 from dataclasses import replace
 
-import mutants_claims  # noqa: F401  each notes its methods in MUTANTS
+import mutants_claims
 import mutants_state
-import mutants_updates  # noqa: F401
+import mutants_updates
 import pytest
-from mutants import MUTANTS, Mutant
+from mutants import Mutant, mutants_of
 
 from blockllm_cli.errors import RecipeError
 from blockllm_cli.methods.adamw import AdamW
 from blockllm_cli.methods.base import Cycle
 from blockllm_cli.methods.sgd import Sgd
 from blockllm_cli.testing import ContractError, cases, run_suite
+
+MUTANTS = list(mutants_of(mutants_claims, mutants_state, mutants_updates))
 
 
 def case_of(kind, check, options=None):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,11 +22,10 @@ from blockllm_cli.methods.blockllm.inactive import InactiveRule
 from blockllm_cli.methods.blockllm.layout import Layout, lay_out
 from blockllm_cli.methods.blockllm.options import BlockLLMOptions
 from blockllm_cli.methods.blockllm.planning import plan_selection, plan_tensors
-from blockllm_cli.model.roles import DENSE_ROLES, role_of
 from blockllm_cli.optim.adam import AdamRule
 from blockllm_cli.optim.blocks import Block, Piece
 from blockllm_cli.optim.entries import Entries, largest_entries, largest_rows
-from blockllm_cli.optim.kept_state import KeptState, Record
+from blockllm_cli.optim.kept_state import KeptState
 
 NEW, SKETCH, INACTIVE = "@new", "@sketch", "@inactive"
 """Ends of route keys: a piece that begins to train, one whose norm is estimated, one under the rule without state."""
@@ -52,9 +52,7 @@ class BlockLLM(Method):
         return super().__new__(cls)
 
     def __init__(self, options: BlockLLMOptions, setting: Setting) -> None:
-        precision = setting.precision
-        if options.state_dtype is not None:
-            precision = replace(precision, moments={"fp32": torch.float32, "bf16": torch.bfloat16}[options.state_dtype])
+        precision = setting.precision.with_moments(options.state_dtype)
         self._options = options
         self._setting = setting
         self._precision = precision
@@ -71,7 +69,6 @@ class BlockLLM(Method):
         self._norms: dict[str, Tensor] = {}
         self._new_entries: dict[str, Entries] = {}
         self._dense: dict[str, Tensor] = {}
-        self._unchanged: Tensor | None = None
 
     def plan(self, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorPlan]:
         """An upper bound per category: what is selected depends on the data. See `Method.plan`."""
@@ -169,25 +166,25 @@ class BlockLLM(Method):
         entering = {piece.key for piece in self._new_pieces(turn)}
         for block in self.chooser.layout.blocks:
             for piece in block.pieces:
-                records = self._state.active.get(piece.key, []) if piece.key in steady else []
-                if piece.key in entering or sum(record.entries.count for record in records) == piece.size:
+                kept = self._kept(piece, steady)
+                if piece.key in entering or sum(entries.count for entries in kept) == piece.size:
                     continue
                 inner: Route = Dense(self._accumulator)
                 if self._is_layerwise:
-                    inner = Layerwise(self._layerwise_write(turn.step, rates, piece, records))
+                    inner = Layerwise(partial(self._write_inactive, turn.step, rates, piece, kept))
                 yield piece.key + INACTIVE, _of_piece(piece, inner)
 
-    def _layerwise_write(self, step: int, rates: Rates, piece: Piece, records: Sequence[Record]) -> Any:
-        kept = [record.entries for record in records]
-        return lambda gradient: self._write_inactive(step, rates, piece, gradient, kept)
+    def _kept(self, piece: Piece, steady: set[str]) -> list[Entries]:
+        """The entries of `piece` that train on with the state they have, if it is among the `steady`."""
+        return [record.entries for record in self._state.active.get(piece.key, [])] if piece.key in steady else []
 
-    def _write_inactive(self, step: int, rates: Rates, piece: Piece, gradient: Tensor, kept: Sequence[Entries]) -> None:
+    def _write_inactive(self, step: int, rates: Rates, piece: Piece, kept: Sequence[Entries], gradient: Tensor) -> None:
         assert self._inactive is not None
         self._norms[piece.key] = self._inactive.write(
             self._state.weight(piece),
             gradient,
             kept,
-            rate=_rate(rates, piece.parameter),
+            rate=rates.of(piece.parameter),
             key=f"{piece.key}/inactive/{step}",
         )
 
@@ -217,7 +214,7 @@ class BlockLLM(Method):
         order = {name: index for index, name in enumerate(self.chooser.layout.shapes)}
         return dict(sorted(chosen.items(), key=lambda item: order[item[0].partition("@")[0]]))
 
-    def _share(self, turn: Turn) -> Any:
+    def _share(self, turn: Turn) -> Fraction:
         return turn.selection.share if turn.selection is not None else self.chooser.share
 
     def _mask(self, turn: Turn, piece: Piece, gradient: Tensor) -> Tensor:
@@ -256,18 +253,9 @@ class BlockLLM(Method):
         for piece in new:
             gradient = gradients.pop(piece.key + NEW)
             gradients.update(self._by_record(piece, gradient))
-        self._unchanged = self._state.update(
-            gradients, lambda name: _rate(rates, name), step, count_unchanged=count_unchanged
-        )
-        for piece in new if self._inactive is not None else []:
-            if (gradient_of_all := self._dense.pop(piece.key + NEW, None)) is not None:
-                self._write_inactive(step, rates, piece, gradient_of_all, [self._new_entries[piece.key]])
-        for block in self.chooser.layout.blocks:
-            for piece in block.pieces:
-                if (gradient_of_all := self._dense.pop(piece.key + INACTIVE, None)) is not None:
-                    records = self._state.active.get(piece.key, []) if piece.key in steady else []
-                    kept = [record.entries for record in records]
-                    self._write_inactive(step, rates, piece, gradient_of_all, kept)
+        # Entries under the inactive rule are not counted.
+        self._unchanged = self._state.update(gradients, rates.of, step, count_unchanged=count_unchanged)
+        self._write_dense(step, rates, steady)
         events = self._unmoved_events()
         self.chooser.commit(turn, self._block_norms(), loss)
         if turn.selection is not None:
@@ -276,10 +264,19 @@ class BlockLLM(Method):
         self._turn, self._norms, self._new_entries = None, {}, {}
         return events
 
+    def _write_dense(self, step: int, rates: Rates, steady: set[str]) -> None:
+        """Apply the inactive rule to the pieces whose gradient was kept for it, which is free after each."""
+        for block in self.chooser.layout.blocks:
+            for piece in block.pieces:
+                for end in (NEW, INACTIVE):
+                    gradient = self._dense.pop(piece.key + end, None)
+                    if gradient is not None:
+                        kept = [self._new_entries[piece.key]] if end == NEW else self._kept(piece, steady)
+                        self._write_inactive(step, rates, piece, kept, gradient)
+
     def _change(self, turn: Turn, new: Sequence[Piece]) -> None:
         """Stop what this update does not train any more, then start what it begins to train."""
         chooser, state = self.chooser, self._state
-        candidates = {piece.key for block in chooser.layout.blocks for piece in block.pieces}
         going_on = {piece.key for name in turn.trained for piece in self._pieces(name)}
         if self._options.state != "drop":
             going_on |= {piece.key for name in turn.waiting for piece in self._pieces(name)}
@@ -287,7 +284,7 @@ class BlockLLM(Method):
             going_on.clear()
         riders = {piece.key for piece in self._riders(turn)}
         always = {piece.key for piece in chooser.layout.always}
-        state.stop([key for key in [*state.active] if key not in always | riders | (going_on & candidates)])
+        state.stop([key for key in [*state.active] if key not in always | riders | going_on])
         for piece in new:
             state.start(piece, self._new_entries.get(piece.key) or Entries.all(piece.shape))
         trained = state.active_entries(piece.key for name in turn.trained for piece in self._pieces(name))
@@ -329,11 +326,6 @@ class BlockLLM(Method):
         unmoved = [key for key, is_finite in zip(keys, finite, strict=True) if not is_finite]
         return [{"kind": "nonfinite", "pieces": unmoved}] if unmoved else []
 
-    @property
-    def unchanged(self) -> float | None:
-        """See `Method.unchanged`; entries under the inactive rule are not in it."""
-        return None if self._unchanged is None else float(self._unchanged)
-
     def state_dict(self) -> dict[str, Any]:
         """The tensors of `KeptState`, and under `choice` what chooses. See `Method.state_dict`."""
         return {**self._state.state_dict(), "choice": self.chooser.state()}
@@ -374,7 +366,3 @@ def _estimated(block: Block, sketches: Mapping[str, Tensor]) -> Tensor:
     """Estimate of a block's gradient norm from the sketches of its pieces."""
     squares = [sketched_norm_squared(sketches[piece.key + SKETCH]) for piece in block.pieces]
     return torch.stack(squares).sum().sqrt()
-
-
-def _rate(rates: Rates, parameter: str) -> float:
-    return rates.dense if role_of(parameter) in DENSE_ROLES else rates.body

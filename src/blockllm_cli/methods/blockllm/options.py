@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from blockllm_cli.methods.base import MethodOptions, StateDtype
-
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+from blockllm_cli.methods.dense import AdamOptions
 
 PAPER: Mapping[str, Any] = {
     "mask": "entry",
@@ -27,14 +25,14 @@ RELEASED = ("variant", "sparsity", "patience", "probe", "probe_every", "update_f
 OFFICIAL: Mapping[str, Any] = {"probe_every": 20, "update_freq": 1000}
 
 
-class BlockLLMOptions(MethodOptions):
+class BlockLLMOptions(AdamOptions):
     """Options of `blockllm`; the defaults are those of variant "recommended"."""
 
     variant: Literal["recommended", "paper", "official"] = Field(
         default="recommended",
         description="Which defaults hold. recommended: those listed here; paper: mask entry, norms compete, nothing "
-        "always trained, no max_interval, a probe every update; official: the released class, whose other keys are "
-        "refused.",
+        "always trained, no max_interval, a probe every update; official: the released class; it ignores eps and "
+        "weight_decay, and keys that it lacks are refused.",
     )
     sparsity: float = Field(
         default=0.9,
@@ -113,24 +111,13 @@ class BlockLLMOptions(MethodOptions):
         description="Whether the inactive rule is applied inside the backward pass, block by block, so that no "
         "gradient is kept for it. Absent: wherever that is possible (one micro-batch per update, on_nonfinite stop).",
     )
-    state_dtype: StateDtype | None = Field(
-        default=None, description="Element type of the moments: fp32 or bf16. Absent: as run.precision says."
-    )
     update_freq: int | None = Field(
         default=None, ge=1, description="Variant official only: a selection can come at multiples of this many updates."
-    )
-    betas: tuple[Beta, Beta] = Field(
-        default=(0.9, 0.999), description="Decay rates of the first and the second moment, each in [0, 1)."
-    )
-    eps: float = Field(
-        default=1e-8,
-        gt=0.0,
-        description="Added to the root of the bias-corrected second moment; above 0. Variant official ignores it.",
     )
     weight_decay: float = Field(
         default=0.0,
         ge=0.0,
-        description="Decoupled decay of the entries that have state; at least 0. Variant official ignores it.",
+        description="Decoupled decay of the entries that have state; at least 0.",
     )
 
     @model_validator(mode="before")
