@@ -11,13 +11,13 @@ from blockllm_cli.model.llama import LlamaForCausalLM, build_model
 ROWS, LENGTH, VOCABULARY = 6, 12, 64
 
 
-def tiny_config(*, tied: bool = False) -> LlamaConfig:
-    """Two layers, grouped queries, every matrix of another shape than its neighbours'; 6,000 parameters."""
+def tiny_config(*, tied: bool = False, layers: int = 2) -> LlamaConfig:
+    """Grouped queries, every matrix of another shape than its neighbours'; 6,000 parameters with two layers."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=tied,

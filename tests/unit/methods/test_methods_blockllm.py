@@ -13,9 +13,8 @@ from blockllm_cli.gradients.routes import Dense
 from blockllm_cli.gradients.sketch import sketch_bytes
 from blockllm_cli.methods.base import Rates
 from blockllm_cli.model.batch import Batch
-from blockllm_cli.model.config import LlamaConfig
 from blockllm_cli.model.llama import build_model
-from support.methods import drive_update, make_method, toy_llama
+from support.methods import drive_update, make_method, toy_config, toy_llama
 
 RATES = Rates(body=1e-2, dense=2e-2)
 DENSE = {"sparsity": 0.0, "norms": "always", "always": ()}
@@ -24,17 +23,8 @@ MASKED = {"mask": "entry", "density": 0.3}
 ROWS = 8
 
 
-def small_llama(dtype=torch.float32, **changed):
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        **changed,
-    )
-    return build_model(config, seed=3, dtype=dtype)
+def small_llama(dtype=torch.float32):
+    return build_model(toy_config(layers=4), seed=3, dtype=dtype)
 
 
 def small_batch(step, rows=slice(None)):

@@ -332,9 +332,8 @@ class BlockLLM(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""
-        for key in ("choice", "records", "parked", "records_made"):
-            if key not in state:
-                raise InputError(f"the state to load has no {key!r}: it is not that of blockllm")
+        if "choice" not in state:
+            raise InputError("the state to load has no 'choice': it is not that of blockllm")
         self._state.load_state_dict(state)
         self.chooser.restore(state["choice"])
 
