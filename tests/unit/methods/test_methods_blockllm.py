@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blockllm_cli.errors import RecipeError
+from blockllm_cli.errors import GuardError, RecipeError
 from blockllm_cli.footprint import bytes_by_category
 from blockllm_cli.gradients.routes import Dense
 from blockllm_cli.gradients.sketch import sketch_bytes
 from blockllm_cli.methods.base import Rates
+from blockllm_cli.methods.blockllm import choosing
 from blockllm_cli.model.batch import Batch
 from blockllm_cli.model.llama import build_model
 from support.methods import drive_update, make_method, toy_config, toy_llama
@@ -276,8 +277,11 @@ def test_the_plan_of_a_selection_is_exact(case, precision):
     assert held == planned
 
 
-def test_a_block_with_a_gradient_that_is_not_finite_stays_and_is_reported():
-    method, model = make_method("blockllm", inactive="sign", **SELECTIVE), small_llama()
+@pytest.mark.parametrize("inactive", ["sign", "normalized"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_block_with_a_gradient_that_is_not_finite_stays_and_is_reported(inactive, precision):
+    method = make_method("blockllm", precision=precision, inactive=inactive, **SELECTIVE)
+    model = small_llama(torch.float32 if precision == "fp32" else torch.bfloat16)
     method.prepare(model)
     drive(method, model, 1)
     name = next(block.name for block in method.chooser.layout.blocks if block.name not in method.chooser.trained)
@@ -291,6 +295,16 @@ def test_a_block_with_a_gradient_that_is_not_finite_stays_and_is_reported():
     assert not torch.isfinite(method._norms[name])
     method._norms = {name: method._norms[name]}
     assert method._unmoved_events() == [{"kind": "nonfinite", "pieces": [name]}]
+
+
+def test_more_state_than_the_budget_ends_the_run(monkeypatch):
+    monkeypatch.setattr(choosing, "take_whole", lambda order, sizes, limit: list(order))
+    method, model = make_method("blockllm", **SELECTIVE), small_llama()
+    method.prepare(model)
+    before = weights(model)
+    with pytest.raises(GuardError, match=rf"the budget is {method.chooser.layout.budget}"):
+        drive(method, model, 1)
+    equal(before, weights(model))
 
 
 @pytest.mark.parametrize(

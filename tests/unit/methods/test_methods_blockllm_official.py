@@ -157,6 +157,15 @@ def test_masked_adam_as_recorded(golden):
             torch.testing.assert_close(moments, wanted, atol=5e-6, rtol=1e-5)
 
 
+def test_the_tensor_that_reaches_the_limit_is_left_out_and_nothing_follows():
+    released = Released({"a": 30, "b": 20, "c": 10, "d": 40}, 0.5, 2, 1, 0, 1, seed=1)
+    assert released.limit == 50
+    released.begin()
+    released.after_update(1, {"a": 9.0, "b": 8.0, "c": 7.0, "d": 6.0}, 1.0)
+    assert released.after_update(2, {}, 2.0)
+    assert released.selected == ["a"]
+
+
 def test_every_draw_of_the_release_has_its_own_key():
     released = Released({f"t{i}": 1 for i in range(8)}, 0.5, 4, 2, 1, 2, seed=1)
     names = list(released.sizes)
