@@ -1,0 +1,283 @@
+"""Files of a hub on disk: fetched as they are read, kept for the next reader, within a bound.
+
+A file is read while it is being fetched. What has come stays as `NAME.part`, so that neither a fault, a stop nor a kill
+loses it; a later reader continues behind it. A file that is whole is compared with the hash that the hub lists. Files
+are kept by their content, so that revisions and configurations share them. The least recently used ones go when the
+bound is passed; one that is open stays readable until it is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blockllm_cli.durable import storage_errors, sync_folder
+from blockllm_cli.errors import InputError, StopRequested
+from blockllm_cli.hub.http import fetch_range
+from blockllm_cli.hub.link import FaultError, Link, Patience, in_background
+from blockllm_cli.hub.remote import RemoteFile
+from blockllm_cli.units import format_bytes
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+CHUNK_BYTES = 8 << 20
+"""Fetched by one request. Between requests no connection is open: a reader may be slower than a server is patient."""
+
+_PROGRESS_BYTES = 1 << 16
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """A folder of fetched files.
+
+    Attributes:
+        folder: made when it is first needed.
+        limit_bytes: what it may hold beside the files in use.
+    """
+
+    folder: Path
+    limit_bytes: int
+
+    def place(self, remote: RemoteFile) -> Path:
+        """Where the whole file is, or will be."""
+        return self.folder / remote.content[:2] / remote.content / remote.name
+
+    def holds(self, remote: RemoteFile) -> bool:
+        """Whether the whole file is there."""
+        return self.place(remote).is_file()
+
+    def make_room(self, spared: Path) -> None:
+        """Remove the least recently used files until the bound is kept; `spared` stays."""
+        found = []
+        for file in self.folder.glob("*/*/*"):
+            with contextlib.suppress(OSError):
+                if file.suffix != ".lock":
+                    found.append((file.stat().st_mtime, file.stat().st_size, file))
+        total = sum(size for _, size, _ in found)
+        for _, size, file in sorted(found):
+            if total <= self.limit_bytes:
+                return
+            if file.parent != spared.parent:
+                with contextlib.suppress(OSError):
+                    file.unlink()
+                    total -= size
+
+
+@dataclass(frozen=True)
+class HubShard:
+    """A file of the hub that can be opened as if it were here.
+
+    Attributes:
+        remote: which file.
+        cache: where its bytes are kept.
+        link: how they are fetched.
+    """
+
+    remote: RemoteFile
+    cache: ShardCache
+    link: Link
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.remote.name
+
+    def __str__(self) -> str:
+        return f"{self.remote.repository}/{self.remote.path}"
+
+    def opened(self, should_stop: Callable[[], bool]) -> io.BufferedReader:
+        """The content, fetched as far as it is read.
+
+        Args:
+            should_stop: looked at while a read waits; the read then raises `StopRequested`.
+
+        Raises:
+            InputError: by a read: the hub does not give the bytes in time, or not those that it lists.
+            StorageError: by a read: the disk refuses them.
+        """
+        return io.BufferedReader(_Fetched(self, should_stop), buffer_size=1 << 18)
+
+    def local(self, should_stop: Callable[[], bool]) -> Path:
+        """The whole file on disk, for libraries that want a path.
+
+        Raises:
+            InputError, StorageError, StopRequested: as reading it does.
+        """
+        with self.opened(should_stop) as file:
+            while file.read(CHUNK_BYTES):
+                pass
+        return self.cache.place(self.remote)
+
+
+class _Fetched(io.RawIOBase):
+    """Reads a file on disk that grows by a chunk whenever a read comes to its end.
+
+    All goes through one descriptor: should another process throw the unfinished file out of the cache, this reader goes
+    on with what then has no name any more.
+    """
+
+    def __init__(self, shard: HubShard, should_stop: Callable[[], bool]) -> None:
+        super().__init__()
+        self._shard = shard
+        self._should_stop = should_stop
+        self._place = shard.cache.place(shard.remote)
+        self._part = self._place.with_name(self._place.name + ".part")
+        self._position = 0
+        with storage_errors(self._place, "write"):
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._open()
+
+    def _open(self) -> io.FileIO:
+        for path, mode in ((self._place, "rb"), (self._part, "r+b")):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)  # what was read last is thrown out last
+                return io.FileIO(path, mode)
+        return io.FileIO(self._part, "w+b")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._shard.remote.size}[whence]
+        self._position = max(0, origin + offset)
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        if self._position >= self._shard.remote.size:
+            return 0
+        while self._here() <= self._position:
+            self._grow()
+        self._file.seek(self._position)
+        count = self._file.readinto(buffer)
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+    def _here(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def _grow(self) -> None:
+        """Fetch the next chunk, unless another reader of the same file has done so meanwhile."""
+        size = self._shard.remote.size
+        with _locked(self._place.with_name(self._place.name + ".lock"), self._should_stop):
+            if self._place.exists():
+                self._file.close()
+                self._file = self._open()
+            have = self._here()
+            if have <= self._position and have < size:
+                self._shard.cache.make_room(spared=self._place)
+                self._fetch(have, min(have + CHUNK_BYTES, size))
+                if self._here() == size:
+                    self._finish()
+
+    def _fetch(self, start: int, stop: int) -> None:
+        """Bring the part on disk from `start` to `stop` bytes, with as many requests as that takes."""
+        link = self._shard.link
+        what = f"{self._shard} at {format_bytes(start)} of {format_bytes(self._shard.remote.size)}"
+        link.doing = what
+        patience = Patience(link, what, self._should_stop)
+        have = start
+        while have < stop:
+            sink, fault = self._request(have, stop)
+            if sink:
+                self._append(sink, have)
+                have += len(sink)
+            if len(sink) >= _PROGRESS_BYTES:
+                patience.progress()
+            if have < stop:
+                patience.wait(fault or FaultError("the transfer broke off"))
+        link.doing = ""
+
+    def _request(self, start: int, stop: int) -> tuple[bytes, FaultError | None]:
+        """What one request brings, whole or not, and what ended it."""
+        remote, retry_seconds = self._shard.remote, self._shard.link.retry_seconds
+        sink, cancelled = bytearray(), threading.Event()
+        seen, since = 0, time.monotonic()
+
+        def stalled_or_stopped() -> bool:
+            nonlocal seen, since
+            if len(sink) >= seen + _PROGRESS_BYTES:
+                seen, since = len(sink), time.monotonic()
+            return self._should_stop() or time.monotonic() - since > retry_seconds
+
+        fault = None
+        try:
+            in_background(
+                lambda: fetch_range(remote.url, start, stop, remote.size, sink, cancelled),
+                stalled_or_stopped,
+                limit=float("inf"),
+            )
+        except FaultError as error:
+            fault = error
+        except StopRequested:
+            cancelled.set()
+            if self._should_stop():
+                raise
+            fault = FaultError(f"less than {format_bytes(_PROGRESS_BYTES)} came in {retry_seconds:g} s")
+        return bytes(sink), fault
+
+    def _append(self, content: bytes, at: int) -> None:
+        with storage_errors(self._part, "write"):
+            self._file.seek(at)
+            rest = memoryview(content)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+
+    def _finish(self) -> None:
+        """Give the whole file its name, if it is what the hub lists."""
+        with storage_errors(self._place, "write"):
+            try:
+                is_named = self._part.samefile(f"/dev/fd/{self._file.fileno()}")
+            except FileNotFoundError:
+                is_named = False
+            if not is_named:
+                return
+            if self._shard.remote.is_in(self._part):
+                self._part.replace(self._place)
+                sync_folder(self._place.parent)
+                return
+            self._part.unlink()
+        raise InputError(
+            f"{self._shard}: what came is not what the hub lists (another hash); it was removed from the cache. A "
+            "proxy or a failing disk may have damaged it: run the same command again, with --resume for a run"
+        )
+
+
+@contextlib.contextmanager
+def _locked(path: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Hold the lock on one file of the cache against other readers, of this process and of others."""
+    with storage_errors(path, "lock"):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if should_stop():
+                    raise StopRequested from None
+                time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
