@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from blockllm_cli.data.reader import Document, ShardReader
+from blockllm_cli.data.shards import Shard, shard_identity
 from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.errors import InputError, RecipeError
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 HELD_OUT_OF = 20
 """Without validation files, one document in this many is held out of the training files."""
-
-SAMPLED_BYTES = 64 * 1024
-"""Read from both ends of a file for the identity of a corpus."""
 
 Part = Literal["all", "train", "validation"]
 
@@ -36,7 +34,7 @@ class Corpus:
         part: "all" documents, or the side of the split by `is_held_out`.
     """
 
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     part: Part = "all"
 
     @property
@@ -62,23 +60,14 @@ class Corpus:
                     yield record.text
 
     def fingerprint(self) -> str:
-        """Identity of the content: names, sizes, both ends of each file, and part; the same wherever the files lie.
+        """Identity of the content: part, and `shard_identity` of each shard; the same wherever the files lie.
 
         Raises:
             InputError: a file is gone.
         """
         identity = hashlib.sha256(self.part.encode())
         for shard in self.shards:
-            try:
-                size = shard.stat().st_size
-                with shard.open("rb") as file:
-                    ends = file.read(SAMPLED_BYTES)
-                    file.seek(max(0, size - SAMPLED_BYTES))
-                    ends += file.read(SAMPLED_BYTES)
-            except OSError as error:
-                raise InputError(f"{shard} cannot be read: {error.strerror or error}") from error
-            identity.update(b"\0" + os.fsencode(shard.name) + b"\0" + str(size).encode() + b"\0")
-            identity.update(hashlib.sha256(ends).digest())
+            identity.update(bytes.fromhex(shard_identity(shard)))
         return identity.hexdigest()
 
 

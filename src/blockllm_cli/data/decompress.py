@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
+from blockllm_cli.data.shards import Shard, opened, unreadable
+from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.errors import InputError
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -22,30 +23,36 @@ class DamagedError(Exception):
     """The compressed data cannot be read any further; all bytes before the damage have been yielded."""
 
 
-def decompressed(path: Path, skip: int = 0) -> Iterator[bytes]:
-    """Yield the content of `path` in pieces of at most a few MiB, without its first `skip` bytes.
+def decompressed(shard: Shard, skip: int = 0, should_stop: StopCheck = never) -> Iterator[bytes]:
+    """Yield the content of `shard` in pieces of at most a few MiB, without its first `skip` bytes.
 
     Gzip and zstandard are told by their first bytes, whatever the name; several members or frames one after the other
     are read as one. A plain file is not read up to `skip`, a compressed one is decompressed and thrown away.
 
+    Args:
+        shard: what is read.
+        skip: bytes of the decompressed content to leave out.
+        should_stop: looked at while a hub is waited for.
+
     Raises:
         DamagedError: the data break off or fail a check.
-        InputError: `path` cannot be read, or is zstandard and the package is not installed.
+        InputError: `shard` cannot be read, or is zstandard and the package is not installed.
+        StopRequested: `should_stop` became true.
     """
     try:
-        with path.open("rb") as file:
+        with opened(shard, should_stop) as file:
             magic = file.read(4)
             file.seek(0)
             if magic.startswith(GZIP_MAGIC):
                 yield from _without(_gunzipped(file), skip)
             elif magic == ZSTD_MAGIC:
-                yield from _without(_unzstd(file, path), skip)
+                yield from _without(_unzstd(file, shard), skip)
             else:
                 file.seek(skip)
                 while piece := file.read(_READ_BYTES):
                     yield piece
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise unreadable(shard, error) from error
 
 
 def _without(pieces: Iterator[bytes], skip: int) -> Iterator[bytes]:
@@ -95,12 +102,12 @@ def _salvaged(member: Any, data: bytes) -> bytes:
     return b"".join(pieces)
 
 
-def _unzstd(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def _unzstd(file: BinaryIO, shard: Shard) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:
         raise InputError(
-            f"{path} is compressed with zstandard, which needs a package that is not installed: pip install zstandard"
+            f"{shard} is compressed with zstandard, which needs a package that is not installed: pip install zstandard"
         ) from error
     # 2 GiB is the largest window of the format; shards made with `zstd --long` use it.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)

@@ -18,10 +18,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from blockllm_cli.data.decompress import DamagedError, decompressed
+from blockllm_cli.data.shards import Shard, local_path, opened, unreadable
 from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.errors import InputError, StopRequested
 
@@ -85,7 +85,7 @@ class ShardReader:
     """Iterates once over the records of one file, in their order.
 
     Args:
-        path: the file.
+        shard: the file.
         start: where to begin, a `position` that an earlier reader of the same file had.
         should_stop: asked between pieces of the file; when true, iteration ends with `StopRequested`.
 
@@ -96,24 +96,23 @@ class ShardReader:
         InputError: while iterating: the file cannot be opened, or the package for its format is not installed.
     """
 
-    def __init__(self, path: Path, start: Position | None = None, should_stop: StopCheck = never) -> None:
-        self.path = path
+    def __init__(self, shard: Shard, start: Position | None = None, should_stop: StopCheck = never) -> None:
+        self.shard = shard
         self.position = start or Position(0, 0)
         self._should_stop = should_stop
 
     def __iter__(self) -> Iterator[Record]:
-        try:
-            size = self.path.stat().st_size
-            with self.path.open("rb") as file:
-                is_parquet = file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be read: {error.strerror or error}") from error
-        if size == 0:
+        with opened(self.shard, self._should_stop) as file:
+            try:
+                magic = file.read(len(_PARQUET_MAGIC))
+            except OSError as error:
+                raise unreadable(self.shard, error) from error
+        if not magic:
             yield BadDocument(0, "the file is empty (0 bytes)")
-        elif is_parquet:
+        elif magic == _PARQUET_MAGIC:
             yield from self._parquet()
         else:
-            yield from self._damage_reported(_TEXT_NAME.search(self.path.name) is not None)
+            yield from self._damage_reported(_TEXT_NAME.search(self.shard.name) is not None)
 
     def _damage_reported(self, is_text: bool) -> Iterator[Record]:
         try:
@@ -157,7 +156,7 @@ class ShardReader:
         """Lines without newline and byte order mark, and their size with both; too long a line comes cut."""
         begun: list[bytes] = []
         size = 0
-        for piece in decompressed(self.path, self.position.offset):
+        for piece in decompressed(self.shard, self.position.offset, self._should_stop):
             if self._should_stop():
                 raise StopRequested
             parts = piece.split(b"\n")
@@ -179,10 +178,10 @@ class ShardReader:
             from pyarrow import parquet
         except ImportError as error:
             raise InputError(
-                f"{self.path} is a parquet file, which needs a package that is not installed: pip install pyarrow"
+                f"{self.shard} is a parquet file, which needs a package that is not installed: pip install pyarrow"
             ) from error
         try:
-            with parquet.ParquetFile(self.path) as file:
+            with parquet.ParquetFile(local_path(self.shard, self._should_stop)) as file:
                 yield from self._parquet_rows(file, pyarrow)
         except (pyarrow.ArrowException, OSError) as error:
             yield BadDocument(self.position.line + 1, f"damaged parquet data ({error}); the rest of the file is lost")

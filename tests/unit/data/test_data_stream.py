@@ -121,7 +121,7 @@ def test_other_files_than_those_of_the_position_are_refused(corpus):
 
 def test_a_position_that_the_files_no_longer_have_is_refused(tmp_path, monkeypatch):
     """Size and ends of the files are the same, the text between is not."""
-    monkeypatch.setattr("blockllm_cli.data.corpus.SAMPLED_BYTES", 0)
+    monkeypatch.setattr("blockllm_cli.data.shards.SAMPLED_BYTES", 0)
     corpus = write_shards(tmp_path, ['{"text": "a b c d e f g h i j k l m n"}', '{"text": "o"}'], 1)
     state = walk(corpus, [3], block_documents=1)[0][4]
     assert state["row"] == 3
