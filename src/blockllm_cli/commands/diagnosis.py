@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from blockllm_cli.data.builtin import default_cache_dir
+from blockllm_cli.data.cache import default_cache_dir
 from blockllm_cli.runner.machine import Machine, describe_environment, on_machine
 from blockllm_cli.training.precision import measure_products
 from blockllm_cli.units import GIB

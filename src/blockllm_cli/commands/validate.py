@@ -33,13 +33,12 @@ def validate(
 def _report(resolved: Resolved) -> dict[str, Any]:
     """Everything that is printed, as plain JSON values."""
     from blockllm_cli.methods.resolve import assumed_config, vocabulary_is_known
-    from blockllm_cli.recipe.availability import unavailable
     from blockllm_cli.recipe.dump import recipe_sha256, written_values
     from blockllm_cli.recipe.steps import slots_per_update, total_steps, warmup_steps
 
     recipe = resolved.recipe
     config = assumed_config(recipe.model, recipe.tokenizer, error=resolved.loaded.error)
-    notes = unavailable(resolved.loaded)
+    notes = []
     if not vocabulary_is_known(recipe.model, recipe.tokenizer):
         notes.append(
             f"the vocabulary is known when the tokenizer has been read; parameters are counted with {config.vocab_size}"

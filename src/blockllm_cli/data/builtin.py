@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockllm_cli.data.cache import default_cache_dir
 from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.durable import write_bytes, write_json
 from blockllm_cli.errors import InputError, StopRequested, StorageError
@@ -139,14 +140,6 @@ def builtin_corpus(
             "environment variable BLOCKLLM_CACHE"
         ) from error
     return corpus
-
-
-def default_cache_dir() -> Path:
-    """`$BLOCKLLM_CACHE`, else `blockllm` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`)."""
-    if own := os.environ.get("BLOCKLLM_CACHE"):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "blockllm"
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,18 @@ import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from blockllm_cli.data.cache import default_cache_dir
+from blockllm_cli.data.hub_corpus import hub_shards
 from blockllm_cli.data.reader import Document, ShardReader
 from blockllm_cli.data.shards import Shard, shard_identity
 from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.errors import InputError, RecipeError
+from blockllm_cli.hub.link import Link
 
 if TYPE_CHECKING:
     from blockllm_cli.recipe.sections import Data
@@ -88,17 +91,26 @@ def is_held_out(text: str) -> bool:
     return int.from_bytes(digest, "little") % HELD_OUT_OF == 0
 
 
-def open_corpora(data: Data, *, cache: Path | None = None, should_stop: StopCheck = never) -> Corpora:
+def open_corpora(
+    data: Data,
+    *,
+    cache: Path | None = None,
+    link: Link | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    should_stop: StopCheck = never,
+) -> Corpora:
     """Find the files that `[data]` names; nothing is read of them, except that the builtin corpus is gathered once.
 
     Args:
         data: the resolved table; relative patterns are relative to the current directory.
-        cache: folder in which the builtin corpus is kept; None is `blockllm` in the user's cache folder.
-        should_stop: asked while the builtin corpus is gathered.
+        cache: folder for what is made or fetched once; None: `default_cache_dir()`.
+        link: to the hub, for corpora that are there; None: one that nobody watches.
+        say: told of what a user should know.
+        should_stop: asked while the builtin corpus is gathered or a hub is waited for.
 
     Raises:
-        InputError: a pattern names no file.
-        RecipeError: the table names no files, files that its corpus does not read, or a corpus of a later version.
+        InputError: a pattern names no file, or the hub does not give the list of its files.
+        RecipeError: the table names files that its corpus does not read.
         StopRequested: `should_stop` became true.
     """
     if data.corpus == "builtin":
@@ -110,19 +122,21 @@ def open_corpora(data: Data, *, cache: Path | None = None, should_stop: StopChec
                     f'{key} names files, which data.corpus = "builtin" does not read: set data.corpus = "files", or '
                     f"leave {key} out"
                 )
-        shards = (builtin_corpus(cache, should_stop=should_stop).path,)
-        return Corpora(Corpus(shards, "train"), Corpus(shards, "validation"))
-    if data.corpus != "files":
-        raise RecipeError(
-            f'data.corpus = "{data.corpus}" cannot be read by this version, which knows "builtin" and "files": set '
-            'data.corpus = "files" and data.train = "<glob of local files>"'
-        )
-    if not data.train:
-        raise RecipeError('data.corpus = "files" needs data.train, such as data.train = "folder/*.json.gz"')
-    train = found_files("data.train", data.train)
-    if not data.validation:
-        return Corpora(Corpus(train, "train"), Corpus(train, "validation"))
-    return Corpora(Corpus(train), Corpus(found_files("data.validation", data.validation)))
+        return _sides((builtin_corpus(cache, should_stop=should_stop).path,), ())
+    if data.corpus == "files":
+        if not data.train:
+            raise RecipeError('data.corpus = "files" needs data.train, such as data.train = "folder/*.json.gz"')
+        validation = found_files("data.validation", data.validation) if data.validation else ()
+        return _sides(found_files("data.train", data.train), validation)
+    folder = (cache or default_cache_dir()) / "hub"
+    return _sides(*hub_shards(data, folder, link or Link(data.retry_seconds), say, should_stop))
+
+
+def _sides(train: Sequence[Shard], validation: Sequence[Shard]) -> Corpora:
+    """Without shards of its own, validation is the part of the training shards that is held out."""
+    if validation:
+        return Corpora(Corpus(tuple(train)), Corpus(tuple(validation)))
+    return Corpora(Corpus(tuple(train), "train"), Corpus(tuple(train), "validation"))
 
 
 def found_files(key: str, patterns: str | Sequence[str]) -> tuple[Path, ...]:

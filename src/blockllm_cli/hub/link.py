@@ -57,11 +57,13 @@ class Link:
         retry_seconds: how long a fault is borne without progress.
         report: told of every fault, a dict with `kind` "network", `what`, `reason`, `attempt` and `pause_seconds`;
             called from whichever thread met the fault.
+        out_of_reach: why nothing is asked of the hub; None: it is asked.
         doing: what is waited for at the moment, in words; empty when nothing is.
     """
 
     retry_seconds: float
     report: Callable[[Event], None] = lambda _: None
+    out_of_reach: str | None = None
     doing: str = ""
 
     def patiently(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from blockllm_cli.durable import storage_errors, sync_folder
 from blockllm_cli.errors import InputError, StopRequested
 from blockllm_cli.hub.http import fetch_range
-from blockllm_cli.hub.link import FaultError, Link, Patience, in_background
+from blockllm_cli.hub.link import OFFLINE_WAYS, FaultError, Link, Patience, in_background
 from blockllm_cli.hub.remote import RemoteFile
 from blockllm_cli.units import format_bytes
 
@@ -194,6 +194,10 @@ class _Fetched(io.RawIOBase):
         """Bring the part on disk from `start` to `stop` bytes, with as many requests as that takes."""
         link = self._shard.link
         what = f"{self._shard} at {format_bytes(start)} of {format_bytes(self._shard.remote.size)}"
+        if link.out_of_reach is not None:
+            raise InputError(
+                f"{what}: no more of it was fetched before, and {link.out_of_reach}. What works {OFFLINE_WAYS}"
+            )
         link.doing = what
         patience = Patience(link, what, self._should_stop)
         have = start

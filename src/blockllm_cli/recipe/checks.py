@@ -27,8 +27,8 @@ def cross_checks(sections: Mapping[str, Section], origins: Mapping[str, Origin])
         yield from _schedule(schedule, batch, data)
     if isinstance(tokenizer, Tokenizer):
         yield from _tokenizer(tokenizer)
-    if isinstance(data, Data) and data.corpus == "files" and data.train is None:
-        yield Problem("data.train", 'is missing, and corpus = "files" reads it', "give a glob such as texts/*.jsonl")
+    if isinstance(data, Data):
+        yield from _data(data)
     for name, section in sections.items():
         yield from _unread(name, section, origins)
 
@@ -68,6 +68,13 @@ def _schedule(schedule: Schedule, batch: Section | None, data: Section | None) -
         if warmup >= steps:
             text = f"is {warmup} updates, and the run has {steps}"
             yield Problem("schedule.warmup", text, f"give fewer than {steps}, or a share such as 0.1")
+
+
+def _data(data: Data) -> Iterator[Problem]:
+    if data.corpus == "files" and data.train is None:
+        yield Problem("data.train", 'is missing, and corpus = "files" reads it', "give a glob such as texts/*.jsonl")
+    if data.corpus == "hub" and data.repository is None:
+        yield Problem("data.repository", 'is missing, and corpus = "hub" reads it', "give a dataset, as owner/name")
 
 
 def _tokenizer(tokenizer: Tokenizer) -> Iterator[Problem]:

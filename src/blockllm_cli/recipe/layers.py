@@ -23,7 +23,16 @@ GOVERNED: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "tokenizer.source": MappingProxyType(
             {"path": ("file", "hub"), "vocab_size": ("train",), "kind": ("train",), "sample_bytes": ("train",)}
         ),
-        "data.corpus": MappingProxyType({"train": ("files",), "validation": ("files",)}),
+        "data.corpus": MappingProxyType(
+            {
+                "train": ("files", "hub"),
+                "validation": ("files", "hub"),
+                "repository": ("hub",),
+                "configuration": ("hub",),
+                "revision": ("c4", "hub"),
+                "shard_cache_bytes": ("c4", "hub"),
+            }
+        ),
         "schedule.shape": MappingProxyType({"min_ratio": ("cosine", "linear", "wsd", "papers")}),
     }
 )

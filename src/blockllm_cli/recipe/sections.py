@@ -87,7 +87,9 @@ class Tokenizer(Section):
 
     source: Literal["train", "file", "hub"] = Field("train", description="where the tokenizer comes from")
     path: str | None = Field(
-        None, min_length=1, description='sentencepiece model (source = "file"), or name on the hub (source = "hub")'
+        None,
+        min_length=1,
+        description='sentencepiece model (source = "file"), or repository on the hub, as owner/name (source = "hub")',
     )
     vocab_size: int | None = Field(
         None, ge=260, description='pieces to train (source = "train"); 256 of them are bytes'
@@ -102,9 +104,22 @@ class Data(Section):
     """`[data]`: the text, and how documents become rows."""
 
     corpus: Literal["builtin", "files", "c4", "hub"] = Field("builtin", description="where documents come from")
-    train: Globs | None = Field(None, description='files to train on (corpus = "files"): a glob or a list of globs')
+    repository: str | None = Field(None, min_length=1, description='dataset on the hub, as owner/name (corpus = "hub")')
+    configuration: str | None = Field(
+        None, min_length=1, description='configuration of that dataset (corpus = "hub"); absent: its default'
+    )
+    revision: str | None = Field(
+        None, min_length=1, description='branch, tag or commit (corpus = "c4" and "hub"); absent: the main branch'
+    )
+    train: Globs | None = Field(
+        None,
+        description='corpus = "files": globs of files to train on; corpus = "hub": splits, or globs of paths in the '
+        'repository, absent: "train"',
+    )
     validation: Globs | None = Field(
-        None, description="files to validate on; absent: 1 document in 20 is held out from train, by hash"
+        None,
+        description='likewise, to validate on; absent: with corpus = "hub" the split "validation" if there is one, '
+        "else 1 document in 20 is held out from train, by hash",
     )
     sequence_length: int = Field(ge=2, description="input positions of a row")
     layout: Literal["truncate", "pack"] = Field(
@@ -116,6 +131,15 @@ class Data(Section):
     )
     max_bad_documents: int = Field(100, ge=0, description="unreadable documents that are skipped before it is an error")
     cache: str | None = Field(None, min_length=1, description="folder for what is made once; absent: the user's cache")
+    shard_cache_bytes: int = Field(
+        50_000_000_000, ge=0, description="bytes of fetched files that the cache keeps beside those in use"
+    )
+    retry_seconds: float = Field(
+        900.0,
+        ge=0,
+        description="seconds without progress for which a hub that does not answer is asked again; then the run saves "
+        "and stops",
+    )
     workers: int = Field(1, ge=0, description="processes that tokenise beside the training; rows do not depend on it")
     seed: int | None = Field(None, ge=0, le=SEED_LIMIT, description="seed of the order of rows; absent: from run")
 

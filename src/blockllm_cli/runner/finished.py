@@ -18,6 +18,7 @@ from blockllm_cli.model.llama import LlamaForCausalLM, build_model
 from blockllm_cli.model.weights import load_weights
 from blockllm_cli.runner.inputs import prepare_inputs
 from blockllm_cli.runner.machine import choose_machine, choose_precision, on_machine
+from blockllm_cli.runner.watchdog import Watchdog
 from blockllm_cli.tracking.run_folder import RECIPE, TOKENIZER, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
 from blockllm_cli.training.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, steps_on_disk
@@ -122,7 +123,8 @@ def evaluate_run(
 
 
 def _evaluate(run: OpenedRun, terminal: Terminal, should_stop: Callable[[], bool]) -> tuple[OpenedRun, Evaluation, str]:
-    inputs = prepare_inputs(run.resolved, run.folder, terminal, should_stop)
+    watchdog = Watchdog(should_stop, terminal.say, run.resolved.recipe.data.retry_seconds)
+    inputs = prepare_inputs(run.resolved, run.folder, terminal, watchdog)
     evaluator = evaluator_for(run.resolved.recipe, inputs.validation, run.device)
     with terminal.working("evaluating"):
         evaluation = evaluator.evaluate(run.model, should_stop)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blockllm_cli.data.corpus import Corpora, Corpus, open_corpora
+from blockllm_cli.data.hub_tokenizer import hub_tokenizer_file
 from blockllm_cli.data.rows import Rows
 from blockllm_cli.data.stream import StreamSettings, rows_digest, validation_rows
 from blockllm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from blockllm_cli.data.tokenizer_training import train_tokenizer
+from blockllm_cli.hub.shards import HubShard
 from blockllm_cli.methods.resolve import Resolved
 from blockllm_cli.model.config import LlamaConfig, llama_config
 from blockllm_cli.recipe.sections import Recipe
+from blockllm_cli.runner.watchdog import Watchdog
 from blockllm_cli.tracking.run_folder import TOKENIZER, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
+
+_OPENING = {
+    "builtin": "opening the builtin corpus (documentation of Python and of the packages installed)",
+    "c4": "asking the hub for the files of C4",
+    "hub": "asking the hub for the files of the dataset",
+}
 
 
 @dataclass(frozen=True)
@@ -42,16 +51,14 @@ class Inputs:
     notices: list[dict[str, Any]]
 
 
-def prepare_inputs(
-    resolved: Resolved, folder: RunFolder | None, terminal: Terminal, should_stop: Callable[[], bool]
-) -> Inputs:
+def prepare_inputs(resolved: Resolved, folder: RunFolder | None, terminal: Terminal, watchdog: Watchdog) -> Inputs:
     """Open the corpora, train or load the tokenizer, fix the validation rows.
 
     Args:
         resolved: the recipe.
         folder: a run that is resumed keeps its tokenizer; None for a new one.
         terminal: told of what takes long.
-        should_stop: looked at everywhere that takes long.
+        watchdog: asked everywhere that takes long whether to stop; has the link to the hub.
 
     Raises:
         InputError: the data or the tokenizer cannot be used.
@@ -59,11 +66,11 @@ def prepare_inputs(
         StopRequested: a stop was asked for.
     """
     recipe = resolved.recipe
-    corpora = _open(resolved, terminal, should_stop)
-    tokenizer = _tokenizer(recipe, corpora, folder, terminal, should_stop)
+    corpora = _open(resolved, terminal, watchdog)
+    tokenizer = _tokenizer(recipe, corpora, folder, terminal, watchdog)
     config = llama_config(recipe.model, tokenizer_vocab_size=tokenizer.vocab_size, error=resolved.loaded.error)
     settings = stream_settings(recipe)
-    notices: list[dict[str, Any]] = []
+    notices = _origin(corpora.train)
     with terminal.working("tokenising the validation set"):
         rows = validation_rows(
             corpora.validation,
@@ -71,7 +78,7 @@ def prepare_inputs(
             settings,
             recipe.evaluate.tokens,
             report=notices.append,
-            should_stop=should_stop,
+            should_stop=watchdog,
         )
     digest = rows_digest(b"", rows).hex()
     targets = int(rows.targets_per_row().sum())
@@ -96,13 +103,11 @@ def stream_settings(recipe: Recipe) -> StreamSettings:
     )
 
 
-def _open(resolved: Resolved, terminal: Terminal, should_stop: Callable[[], bool]) -> Corpora:
+def _open(resolved: Resolved, terminal: Terminal, watchdog: Watchdog) -> Corpora:
     data = resolved.recipe.data
     cache = Path(data.cache) if data.cache else None
-    if data.corpus == "builtin":
-        with terminal.working("opening the builtin corpus (documentation of Python and of the packages installed)"):
-            return open_corpora(data, cache=cache, should_stop=should_stop)
-    return open_corpora(data, cache=cache, should_stop=should_stop)
+    with terminal.working(_OPENING[data.corpus]) if data.corpus in _OPENING else nullcontext():
+        return open_corpora(data, cache=cache, link=watchdog.link, say=terminal.say, should_stop=watchdog)
 
 
 def _tokenizer(
@@ -110,7 +115,7 @@ def _tokenizer(
     corpora: Corpora,
     folder: RunFolder | None,
     terminal: Terminal,
-    should_stop: Callable[[], bool],
+    watchdog: Watchdog,
 ) -> Tokenizer:
     if folder is not None:
         return load_tokenizer(folder.path / TOKENIZER)
@@ -118,15 +123,19 @@ def _tokenizer(
     if wanted.source == "file":
         assert wanted.path is not None  # the schema asks for it
         return load_tokenizer(Path(wanted.path))
+    if wanted.source == "hub":
+        assert wanted.path is not None
+        with terminal.working(f"fetching the tokenizer of {wanted.path}"):
+            return load_tokenizer(hub_tokenizer_file(wanted.path, watchdog.link, watchdog))
     assert wanted.vocab_size is not None  # filled when the recipe was resolved
     with terminal.working(f"training a tokenizer of {wanted.vocab_size:,} pieces ({wanted.kind})"):
         trained = train_tokenizer(
-            corpora.train.texts(should_stop),
+            corpora.train.texts(watchdog),
             vocab_size=wanted.vocab_size,
             kind=wanted.kind,
             sample_bytes=wanted.sample_bytes,
             seed=0,
-            should_stop=should_stop,
+            should_stop=watchdog,
         )
     tokenizer = Tokenizer(trained.model_bytes)
     terminal.say(f"tokenizer: {tokenizer.vocab_size:,} pieces, {_report(trained.report)}")
@@ -135,3 +144,18 @@ def _tokenizer(
 
 def _report(report: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in report.items() if isinstance(value, int))
+
+
+def _origin(corpus: Corpus) -> list[dict[str, Any]]:
+    """An event that says which commit of which dataset is read, if it comes from a hub."""
+    first = corpus.shards[0]
+    if not isinstance(first, HubShard):
+        return []
+    return [
+        {
+            "kind": "corpus",
+            "repository": first.remote.repository,
+            "commit": first.remote.commit,
+            "shards": len(corpus.shards),
+        }
+    ]

@@ -11,11 +11,12 @@ import numpy as np
 
 from blockllm_cli import metrics
 from blockllm_cli.data.stream import RowStream
-from blockllm_cli.errors import DivergedError, InterruptedRunError, StopRequested
+from blockllm_cli.errors import DivergedError, InputError, InterruptedRunError, StopRequested
 from blockllm_cli.memory.measure import MemoryMeter, process_memory
 from blockllm_cli.recipe.sections import Recipe
 from blockllm_cli.recipe.steps import total_steps
 from blockllm_cli.runner.inputs import Inputs
+from blockllm_cli.runner.watchdog import Watchdog
 from blockllm_cli.tracking.run_folder import EVENTS, METRICS, ROWS, JsonLines, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
 from blockllm_cli.training.checkpoint import save_checkpoint
@@ -81,6 +82,7 @@ class Loop:
         terminal: Terminal,
         recipe: Recipe,
         stop: StopFlag,
+        watchdog: Watchdog,
         stop_after: int | None,
         observed: Observed,
         inputs: Inputs,
@@ -97,6 +99,7 @@ class Loop:
         self._terminal = terminal
         self._recipe = recipe
         self._stop = stop
+        self._watchdog = watchdog
         self._stop_after = stop_after
         self._inputs = inputs
         self._steps = total_steps(recipe)
@@ -137,7 +140,14 @@ class Loop:
                 f"blockllm pretrain --resume {self._folder.path}",
                 self._stop.signal_number,
             ) from error
+        except InputError as error:
+            # The data ended a run whose state is sound: all of it was taken before the update that could not begin.
+            self._save()
+            raise InputError(
+                f"{error}\nsaved at update {self.step}; continue with: blockllm pretrain --resume {self._folder.path}"
+            ) from error
         finally:
+            self._note_network()
             self._terminal.stop_live()
             for file in (self._metrics, self._events, self._rows):
                 if file is not None:
@@ -150,12 +160,13 @@ class Loop:
             self.observed.has_begun = True
             for event in self._inputs.notices:
                 self._events.append({"step": 0, **event})
-                self._terminal.say(f"validation set: {_plain(event)}")
+                self._terminal.say(_plain(event) if event["kind"] == "corpus" else f"validation set: {_plain(event)}")
             if self._recipe.evaluate.at_start:
                 self._evaluate_and_log(metrics.counter_row(self.trainer.state))
 
     def _observe(self, report: StepReport) -> None:
         self._count(report)
+        self._note_network()
         for event in report.events:
             self._events.append({"step": report.step, **event})
             if event["kind"] in ("bad_document", "skip", "exhausted"):
@@ -176,6 +187,10 @@ class Loop:
         every = recipe.checkpoint.every
         if report.is_last or (every > 0 and report.step % every == 0) or report.step == self._stop_after:
             self._save()
+
+    def _note_network(self) -> None:
+        for event in self._watchdog.events():
+            self._events.append({"step": self.step, **event})
 
     def _end_late(self) -> None:
         """Close a run that was cut after its last update, before it could know that the data had ended."""

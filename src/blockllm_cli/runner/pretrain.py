@@ -18,7 +18,6 @@ from blockllm_cli.methods.base import Method
 from blockllm_cli.methods.resolve import Resolved, resolve_recipe
 from blockllm_cli.model.llama import LlamaForCausalLM, build_model, equal_to_initial
 from blockllm_cli.model.weights import load_weights
-from blockllm_cli.recipe.availability import refuse_unavailable
 from blockllm_cli.recipe.dump import dump_recipe
 from blockllm_cli.recipe.load import load_recipe
 from blockllm_cli.recipe.steps import total_steps, warmup_steps
@@ -34,6 +33,7 @@ from blockllm_cli.runner.machine import (
 )
 from blockllm_cli.runner.resume import LATEST_GOOD, check_comparable, folder_to_resume
 from blockllm_cli.runner.summary import Outcome, write_summary
+from blockllm_cli.runner.watchdog import Watchdog
 from blockllm_cli.tracking.run_folder import ENVIRONMENT, PLAN, RECIPE, TOKENIZER, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
 from blockllm_cli.training.checkpoint import Checkpoint, find_checkpoint, set_aside, step_of, steps_on_disk
@@ -70,7 +70,6 @@ def pretrain(request: PretrainRequest, terminal: Terminal) -> Path:
         BlockLLMError: every expected failure, each with its exit code.
     """
     resolved, folder = _open(request)
-    refuse_unavailable(resolved.loaded)
     if folder is not None:
         saved = load_recipe(folder.path / RECIPE).recipe
         for note in check_comparable(saved, resolved.recipe, folder.path):
@@ -85,11 +84,12 @@ def pretrain(request: PretrainRequest, terminal: Terminal) -> Path:
     with StopFlag() as stop, on_machine(machine), contextlib.ExitStack() as stack:
         if folder is not None:
             stack.enter_context(folder.locked())
+        watchdog = Watchdog(stop, terminal.say, resolved.recipe.data.retry_seconds)
         try:
-            inputs = prepare_inputs(resolved, folder, terminal, stop)
+            inputs = prepare_inputs(resolved, folder, terminal, watchdog)
         except StopRequested as error:
             raise _interrupted("before the first update; nothing was written", stop, None) from error
-        return _Run(request, resolved, machine, inputs, terminal, stop).carry_out(folder, stack)
+        return _Run(request, resolved, machine, inputs, terminal, stop, watchdog).carry_out(folder, stack)
 
 
 def _open(request: PretrainRequest) -> tuple[Resolved, RunFolder | None]:
@@ -128,12 +128,14 @@ class _Run:
         inputs: Inputs,
         terminal: Terminal,
         stop: StopFlag,
+        watchdog: Watchdog,
     ) -> None:
         self.request = request
         self.machine = machine
         self.inputs = inputs
         self.terminal = terminal
         self.stop = stop
+        self.watchdog = watchdog
         recipe = resolved.recipe
         self.precision, note = choose_precision(recipe.run.precision, recipe.run.rounding, machine.device)
         if note:
@@ -227,7 +229,7 @@ class _Run:
             self.inputs.tokenizer,
             settings=self.inputs.settings,
             state=checkpoint.state["data"] if checkpoint else None,
-            should_stop=self.stop,
+            should_stop=self.watchdog,
         )
         try:
             yield stream
@@ -276,6 +278,7 @@ class _Run:
             terminal=self.terminal,
             recipe=self.recipe,
             stop=self.stop,
+            watchdog=self.watchdog,
             stop_after=self.request.stop_after,
             observed=Observed.restore(checkpoint.state["observed"]) if checkpoint else Observed(),
             inputs=self.inputs,

@@ -14,7 +14,15 @@ from blockllm_cli.tracking.run_folder import RunFolder
 LATEST, LATEST_GOOD = "latest", "latest-good"
 
 # Where things lie and how often they are written: never part of the numbers.
-_FREE = ("tracking.", "checkpoint.", "run.output", "data.workers", "data.cache")
+_FREE = (
+    "tracking.",
+    "checkpoint.",
+    "run.output",
+    "data.workers",
+    "data.cache",
+    "data.shard_cache_bytes",
+    "data.retry_seconds",
+)
 # These keep the mathematics and end the promise of equal bits.
 _ROUNDING = ("batch.micro_rows", "run.threads", "run.device")
 

@@ -36,15 +36,6 @@ def test_counts_parameters_by_role(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(report["origins"].values())
 
 
-def test_what_cannot_run_yet_is_a_note_and_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["validate", "c4/60m"]) == 0
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 2
-    assert "streaming from the hub is not in this version" in notes[0]
-    assert main(["validate", "quickstart"]) == 0
-    assert "note: " not in capsys.readouterr().out
-
-
 def test_an_unread_tokenizer_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "quickstart", "--set", "tokenizer.source=file", "--set", "tokenizer.path=x"]) == 0
     text = capsys.readouterr().out

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from blockllm_cli.data import builtin
-from blockllm_cli.data.builtin import BuiltinCorpus, Source, builtin_corpus, default_cache_dir, harvest, prose
+from blockllm_cli.data.builtin import BuiltinCorpus, Source, builtin_corpus, harvest, prose
+from blockllm_cli.data.cache import default_cache_dir
 from blockllm_cli.errors import InputError, StopRequested, StorageError
 
 PLAIN = "The river keeps to its bed in the dry months, and nobody in the village remembers it ever did otherwise."

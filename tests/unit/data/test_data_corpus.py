@@ -101,10 +101,7 @@ def test_texts_pass_over_bad_and_empty_documents(here):
         list(Corpus((here / "a.jsonl",)).texts(should_stop=lambda: True))
 
 
-def test_what_this_version_cannot_read_is_said(here):
-    for name in ("c4", "hub"):
-        with pytest.raises(RecipeError, match=rf'data\.corpus = "{name}" cannot be read by this version'):
-            open_corpora(data(corpus=name))
+def test_a_table_that_names_the_wrong_files_is_refused(here):
     with pytest.raises(RecipeError, match=r"data\.validation names files.*leave data\.validation out"):
         open_corpora(data(corpus="builtin", validation=("a.jsonl",)))
     with pytest.raises(RecipeError, match=r'needs data\.train, such as data\.train = "folder/\*\.json\.gz"'):

@@ -4,8 +4,6 @@ import re
 
 import pytest
 
-from blockllm_cli.errors import RecipeError
-from blockllm_cli.recipe.availability import refuse_unavailable, unavailable
 from blockllm_cli.recipe.flatten import flattened
 from blockllm_cli.recipe.load import load_recipe
 from blockllm_cli.recipe.shipped import shipped_folder, shipped_names, shipped_path, summary_of
@@ -59,21 +57,8 @@ def test_the_papers_protocol(size: str, steps: int, micro_rows: int, clip: float
     assert recipe.model.checkpoint_activations == (size == "7b")
 
 
-def test_what_this_version_cannot_do_is_refused_in_one_message_with_the_way_out() -> None:
-    loaded = load_recipe("c4/60m")
-    with pytest.raises(RecipeError) as caught:
-        refuse_unavailable(loaded)
-    message = str(caught.value)
-    assert re.search(r'_papers\.toml:\d+: data\.corpus = "c4": streaming from the hub is not in this version', message)
-    assert re.search(r'_papers\.toml:\d+: tokenizer\.source = "hub": tokenizers of the hub are not', message)
-    assert "--set data.corpus=files" in message
-    assert "--set tokenizer.source=train" in message
-
-
-def test_the_way_out_works() -> None:
+def test_the_papers_recipes_can_be_run_on_local_text() -> None:
     overrides = ["data.corpus=files", "data.train=DIR/*.jsonl", "tokenizer.source=train", "tokenizer.vocab_size=32000"]
-    loaded = load_recipe("c4/60m", overrides=overrides)
-    refuse_unavailable(loaded)
-    assert loaded.recipe.data.train == ("DIR/*.jsonl",)
-    assert len(unavailable(load_recipe("c4/60m", overrides=overrides[:2]))) == 1
-    assert unavailable(load_recipe("quickstart")) == []
+    recipe = load_recipe("c4/60m", overrides=overrides).recipe
+    assert recipe.data.train == ("DIR/*.jsonl",)
+    assert (recipe.tokenizer.source, recipe.tokenizer.path) == ("train", None)
