@@ -87,7 +87,7 @@ def fetch_listing(wanted: Wanted, folder: Path, link: Link, should_stop: Callabl
 
 
 def _place(wanted: Wanted, folder: Path) -> Path:
-    key = json.dumps([_VERSION, endpoint(), wanted.repository, wanted.configuration, wanted.revision])
+    key = json.dumps([_VERSION, wanted.repository, wanted.configuration, wanted.revision])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     return folder / f"{wanted.repository.replace('/', '--')}-{digest}.json"
 
