@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from support.hub import Hub, running_hub
 from support.tiny import TinyRuns
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the command does, before anything loads torch
@@ -110,3 +111,31 @@ def tiny_tokenizer(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 def tiny(tmp_path: Path, tiny_corpus: Path, tiny_tokenizer: Path) -> TinyRuns:
     """Runs of a tiny Llama under a folder of this test."""
     return TinyRuns(tmp_path, tiny_corpus, tiny_tokenizer)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty hub on the loopback address, which the client libraries of this process take for the real one.
+
+    `hub.url` is for processes of their own: HF_ENDPOINT.
+    """
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    with running_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            datasets.config, "HUB_DATASETS_URL", hub.url + "/datasets/{repo_id}/resolve/{revision}/{path}"
+        )
+        monkeypatch.setenv("BLOCKLLM_CACHE", str(tmp_path / "cache"))
+        for variable in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            monkeypatch.delenv(variable, raising=False)
+        huggingface_hub.HfFileSystem.clear_instance_cache()
+        yield hub
+        huggingface_hub.HfFileSystem.clear_instance_cache()

@@ -312,12 +312,18 @@ class _Answer(BaseHTTPRequestHandler):
         self.send(status, part, headers)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients leave in the middle of things; that is what is tested."""
+
+
 @contextmanager
 def running_hub() -> Iterator[Hub]:
     """A hub that answers until the block ends, at `hub.url`."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answer", (_Answer,), {"hub": hub}))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), type("Answer", (_Answer,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

@@ -14,8 +14,8 @@ from typing import Any
 from blockllm_cli.errors import InputError
 from blockllm_cli.hub.link import PROBE_SECONDS, FaultError
 
-_PASSING = {404, 408, 425, 429}  # 404: of a file that the hub lists; its storage is not always in step with the list
-_PIECE_BYTES = 1 << 16
+# 404 and 416 of a file that the hub lists, with its size: its storage is not always in step with the list.
+_PASSING = {404, 408, 416, 425, 429}
 _RATE_LIMIT = re.compile(r"r=0\s*;\s*t=(\d+)")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 
@@ -77,7 +77,8 @@ def fetch_range(url: str, start: int, stop: int, size: int, sink: bytearray, can
     with transport_faults(), get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
         check_status(response, url)
         skip = _bytes_before(response, start, size)
-        for piece in response.iter_raw(_PIECE_BYTES):
+        # As it comes: pieces of a fixed size would be held back, and lost when the connection is.
+        for piece in response.iter_raw():
             if cancelled.is_set():
                 return
             fresh = piece[skip:]

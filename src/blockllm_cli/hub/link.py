@@ -129,7 +129,7 @@ class Patience:
         if left <= 0 or pause > left:
             asked = f", which asks to be left alone for {pause:.0f} s" if fault.retry_after is not None else ""
             raise InputError(
-                f"{self._what}: {fault}{asked} ({self._attempts} attempts; data.retry_seconds = "
+                f"{self._what}: {fault}{asked} (attempts: {self._attempts}; data.retry_seconds = "
                 f"{self._link.retry_seconds:g} allows no more). The hub may be down: try again later, raise "
                 f"data.retry_seconds, or go on {OFFLINE_WAYS}"
             ) from fault
