@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from blockllm_cli.data.corpus import Corpus
-from blockllm_cli.data.reader import BadDocument, Document, Position, ShardReader
+from blockllm_cli.data.reader import Position, ShardReader
+from blockllm_cli.data.records import BadDocument, Document
 from blockllm_cli.data.rows import Layout, Pieces, Rows, has_target, rows_from_documents
 from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.errors import StopRequested

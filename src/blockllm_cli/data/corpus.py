@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 from blockllm_cli.data.cache import default_cache_dir
 from blockllm_cli.data.hub_corpus import hub_shards
-from blockllm_cli.data.reader import Document, ShardReader
+from blockllm_cli.data.reader import ShardReader
+from blockllm_cli.data.records import Document
 from blockllm_cli.data.shards import Shard, shard_identity
 from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.errors import InputError, RecipeError

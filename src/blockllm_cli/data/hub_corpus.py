@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 C4_REPOSITORY, C4_CONFIGURATION = "allenai/c4", "en"
 """Where C4 is: its names on the hub have changed before, and are written down here only."""
 
-READABLE = (".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".text", ".md", ".csv", ".tsv", ".arrow")
+READABLE = (".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".text", ".md", ".arrow")
 """Endings of files that hold documents, before any .gz or .zst."""
 
 

@@ -2,7 +2,7 @@
 
 Formats, decided by content where it can decide:
 
-- parquet (its magic bytes): the column `text`; a row counts as a line.
+- parquet (its magic bytes) and arrow (its name): the column `text`; a row counts as a line.
 - text (the name ends in `.txt`, `.text` or `.md`, before any `.gz` or `.zst`): documents are separated by blank
   lines, so that a book is a few thousand documents and not one row; a file without blank lines is one document.
 - anything else: JSON lines, one object a line with the document under `text`; other keys are ignored.
@@ -18,25 +18,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from blockllm_cli.data.decompress import DamagedError, decompressed
-from blockllm_cli.data.shards import Shard, local_path, opened, unreadable
+from blockllm_cli.data.records import BadDocument, Record, not_utf8, told_apart
+from blockllm_cli.data.shards import Shard, opened, unreadable
 from blockllm_cli.data.stopping import StopCheck, never
-from blockllm_cli.errors import InputError, StopRequested
+from blockllm_cli.data.tables import ARROW_NAME, PARQUET_MAGIC, arrow_rows, parquet_rows
+from blockllm_cli.errors import StopRequested
 
 MAX_DOCUMENT_BYTES = 1 << 28
 """A line (or paragraph of a text file) above this is bad: reading stays bounded on files that are no lines at all."""
 
 _BOM = b"\xef\xbb\xbf"
-_PARQUET_MAGIC = b"PAR1"
 _TEXT_NAME = re.compile(r"\.(txt|text|md)(\.gz|\.zst)?$", re.IGNORECASE)
-_SURROGATE = re.compile("[\ud800-\udfff]")
-# White space, controls, and the characters that Unicode calls default-ignorable: nothing of it leaves a mark.
-_VISIBLE = re.compile(
-    "[^\\s\0-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-    "\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
-)
 _JSON_TYPES = {
     dict: "an object",
     list: "a list",
@@ -50,35 +45,11 @@ _JSON_TYPES = {
 class Position(NamedTuple):
     """A place between two documents of a shard: lines before it, and bytes of the decompressed file before it.
 
-    In a parquet file both count rows.
+    In a table both count rows.
     """
 
     line: int
     offset: int
-
-
-class Document(NamedTuple):
-    """A good document: the line it begins at (from 1), its text, and how many lone surrogates were replaced in it."""
-
-    line: int
-    text: str
-    surrogates: int
-
-
-class EmptyDocument(NamedTuple):
-    """A document without a visible character."""
-
-    line: int
-
-
-class BadDocument(NamedTuple):
-    """A document that cannot be used: its line, or 0 where the file as a whole is meant, and why."""
-
-    line: int
-    reason: str
-
-
-Record = Document | EmptyDocument | BadDocument
 
 
 class ShardReader:
@@ -104,13 +75,15 @@ class ShardReader:
     def __iter__(self) -> Iterator[Record]:
         with opened(self.shard, self._should_stop) as file:
             try:
-                magic = file.read(len(_PARQUET_MAGIC))
+                magic = file.read(len(PARQUET_MAGIC))
             except OSError as error:
                 raise unreadable(self.shard, error) from error
         if not magic:
             yield BadDocument(0, "the file is empty (0 bytes)")
-        elif magic == _PARQUET_MAGIC:
-            yield from self._parquet()
+        elif magic == PARQUET_MAGIC:
+            yield from self._rows(parquet_rows(self.shard, self.position.line, self._should_stop))
+        elif self.shard.name.lower().endswith(ARROW_NAME):
+            yield from self._rows(arrow_rows(self.shard, self.position.line, self._should_stop))
         else:
             yield from self._damage_reported(_TEXT_NAME.search(self.shard.name) is not None)
 
@@ -172,56 +145,17 @@ class ShardReader:
         if size:
             yield b"".join(begun).removeprefix(_BOM), size
 
-    def _parquet(self) -> Iterator[Record]:
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError as error:
-            raise InputError(
-                f"{self.shard} is a parquet file, which needs a package that is not installed: pip install pyarrow"
-            ) from error
-        try:
-            with parquet.ParquetFile(local_path(self.shard, self._should_stop)) as file:
-                yield from self._parquet_rows(file, pyarrow)
-        except (pyarrow.ArrowException, OSError) as error:
-            yield BadDocument(self.position.line + 1, f"damaged parquet data ({error}); the rest of the file is lost")
-
-    def _parquet_rows(self, file: Any, pyarrow: Any) -> Iterator[Record]:
-        schema = file.schema_arrow
-        if "text" not in schema.names:
-            yield BadDocument(0, f"no column `text` (columns: {', '.join(schema.names)}); the file is left out")
-            return
-        kind = schema.field("text").type
-        types = pyarrow.types
-        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
-            yield BadDocument(0, f"the column `text` is of type {kind}, not string; the file is left out")
-            return
-        number = self.position.line
-        groups = list(range(file.num_row_groups))
-        unread = number
-        while groups and unread >= file.metadata.row_group(groups[0]).num_rows:
-            unread -= file.metadata.row_group(groups.pop(0)).num_rows
-        for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=["text"]):
-            if self._should_stop():
-                raise StopRequested
-            column = batch.column(0)
-            for i in range(min(unread, len(column)), len(column)):
-                number += 1
-                self.position = Position(number, number)
-                try:
-                    text = column[i].as_py()
-                except UnicodeDecodeError as error:
-                    yield BadDocument(number, _not_utf8(error))
-                    continue
-                yield BadDocument(number, "`text` is null") if text is None else _told_apart(text, number)
-            unread -= min(unread, len(column))
+    def _rows(self, rows: Iterator[tuple[int, Record]]) -> Iterator[Record]:
+        for number, record in rows:
+            self.position = Position(number, number)
+            yield record
 
 
 def _parsed(line: bytes, number: int) -> Record:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return BadDocument(number, _not_utf8(error))
+        return BadDocument(number, not_utf8(error))
     except json.JSONDecodeError as error:
         return BadDocument(number, f"not valid JSON: {error.msg} (column {error.colno})")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested by the thousand
@@ -230,7 +164,7 @@ def _parsed(line: bytes, number: int) -> Record:
         return BadDocument(number, f"{_JSON_TYPES.get(type(value), 'null')}, not an object with the key `text`")
     text = value.get("text")
     if isinstance(text, str):
-        return _told_apart(text, number)
+        return told_apart(text, number)
     if text is None:
         return BadDocument(number, "`text` is null" if "text" in value else "the key `text` is missing")
     return BadDocument(number, f"`text` is {_JSON_TYPES[type(text)]}, not a string")
@@ -244,21 +178,5 @@ def _paragraph(lines: list[bytes], number: int, length: int) -> Record:
         try:
             texts.append(line.removesuffix(b"\r").decode("utf-8"))
         except UnicodeDecodeError as error:
-            return BadDocument(number + i, _not_utf8(error))
-    return _told_apart("\n".join(texts), number)
-
-
-def _told_apart(text: str, number: int) -> Record:
-    """A good or an empty document, with lone surrogates replaced."""
-    if not _VISIBLE.search(text):
-        return EmptyDocument(number)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        text, replaced = _SURROGATE.subn("\ufffd", text)
-        return Document(number, text, replaced)
-    return Document(number, text, 0)
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start} of the text)"
+            return BadDocument(number + i, not_utf8(error))
+    return told_apart("\n".join(texts), number)

@@ -4,7 +4,8 @@ import json
 import random
 from pathlib import Path
 
-from blockllm_cli.data.reader import BadDocument, Document, EmptyDocument, ShardReader
+from blockllm_cli.data.reader import ShardReader
+from blockllm_cli.data.records import BadDocument, Document, EmptyDocument
 
 
 def outcome(path: Path) -> tuple[int, int, int, int]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from small_shards import bad, lines_of, outcome, texts
 
-from blockllm_cli.data.reader import BadDocument, Document, EmptyDocument, Position, ShardReader
+from blockllm_cli.data.reader import Position, ShardReader
+from blockllm_cli.data.records import BadDocument, Document, EmptyDocument
 from blockllm_cli.errors import InputError
 
 
@@ -86,12 +87,44 @@ def test_parquet_without_its_package_is_one_clear_error(tmp_path, monkeypatch):
         list(ShardReader(file))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "parquet"])
+def write_arrow(path: Path, texts: list, name: str = "text"):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({name: texts, "url": ["u"] * len(texts)})
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_arrow_rows_are_documents(tmp_path):
+    file = tmp_path / "rows.arrow"
+    write_arrow(file, ["one", None, "", "two"])
+    assert list(ShardReader(file)) == [
+        Document(1, "one", 0),
+        BadDocument(2, "`text` is null"),
+        EmptyDocument(3),
+        Document(4, "two", 0),
+    ]
+
+
+def test_arrow_without_text_or_damaged_is_bad(tmp_path):
+    file = tmp_path / "rows.arrow"
+    write_arrow(file, ["one"], name="content")
+    assert bad(file) == [(0, "no column `text` (columns: content, url); the file is left out")]
+    write_arrow(file, [1, 2])
+    assert bad(file) == [(1, "`text` is not a string"), (2, "`text` is not a string")]
+    write_arrow(file, [f"text {i}" for i in range(100)])
+    file.write_bytes(file.read_bytes()[:200])
+    assert outcome(file) == (0, 1, 0, 0)
+    assert "damaged arrow data" in bad(file)[0][1]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "parquet", "arrow"])
 def test_reading_goes_on_from_every_position(tmp_path, kind):
     file = tmp_path / f"shard.{kind}"
     count = 12
     if kind == "parquet":
         write_parquet(file, [None if i == 5 else f"text {i}" for i in range(count)], row_group_size=5)
+    elif kind == "arrow":
+        write_arrow(file, [f"text {i}" for i in range(count)])
     else:
         lines = [*lines_of(4), b'{"text": broken', b"", *lines_of(6, 4)]
         if kind.startswith("txt"):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from small_shards import bad, lines_of, outcome, texts
 
 from blockllm_cli.data import decompress, reader
-from blockllm_cli.data.reader import Document, EmptyDocument, Position, ShardReader
+from blockllm_cli.data.reader import Position, ShardReader
+from blockllm_cli.data.records import Document, EmptyDocument
 from blockllm_cli.errors import InputError, StopRequested
 
 # Good documents, bad ones, empty ones, surrogates replaced.
