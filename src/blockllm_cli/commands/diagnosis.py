@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import http.client
 import importlib.metadata
 import netrc
 import os
 import shutil
-import threading
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,6 @@ from blockllm_cli.runner.machine import Machine, describe_environment, on_machin
 from blockllm_cli.training.precision import measure_products
 from blockllm_cli.units import GIB
 
-PROBE_SECONDS = 5.0
 LITTLE_DISK_BYTES = 2 * GIB
 # Needed by some commands only: their absence is no fault.
 OPTIONAL_PACKAGES = ("datasets", "wandb", "transformers", "matplotlib", "zstandard", "pyarrow")
@@ -33,7 +28,7 @@ def diagnose(output: Path, *, network: bool) -> dict[str, Any]:
 
     Args:
         output: folder that runs would be written to; it need not exist.
-        network: whether to ask the hub if it is there, which takes at most PROBE_SECONDS.
+        network: whether to ask the hub if it is there, which takes at most 5 seconds.
     """
     cpu = torch.device("cpu")
     environment = describe_environment(Machine(cpu, torch.get_num_threads(), deterministic=False))
@@ -82,36 +77,16 @@ def has_hub_token() -> bool:
         return False
 
 
-def probe_hub(timeout: float = PROBE_SECONDS) -> dict[str, Any]:
-    """Ask the hub for one answer; any answer is one, a refusal too.
+def probe_hub() -> dict[str, Any]:
+    """Ask the hub for one answer, as a run does before it reads from it."""
+    from blockllm_cli.hub.http import endpoint
+    from blockllm_cli.hub.link import why_out_of_reach
 
-    The limit holds for the whole attempt, name look-up included, which the library's own time-out leaves out.
-    """
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "on", "true", "yes"}:
-        return {"reachable": False, "detail": "HF_HUB_OFFLINE is set"}
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    if not endpoint.startswith(("http://", "https://")):
-        return {"reachable": False, "detail": f"HF_ENDPOINT is no web address: {endpoint}"}
-    answers: list[dict[str, Any]] = []
-
-    def ask() -> None:
-        start = time.monotonic()
-        try:
-            request = urllib.request.Request(endpoint, method="HEAD")
-            with urllib.request.urlopen(request, timeout=timeout):
-                pass
-        except urllib.error.HTTPError as error:
-            error.close()  # an answer all the same
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            answers.append({"reachable": False, "detail": f"{endpoint}: {reason}"})
-            return
-        answers.append({"reachable": True, "detail": f"{endpoint} answered in {time.monotonic() - start:.1f} s"})
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(timeout)
-    return answers[0] if answers else {"reachable": False, "detail": f"{endpoint}: no answer within {timeout:g} s"}
+    start = time.monotonic()
+    reason = why_out_of_reach(lambda: False)
+    if reason is not None:
+        return {"reachable": False, "detail": reason}
+    return {"reachable": True, "detail": f"{endpoint()} answered in {time.monotonic() - start:.1f} s"}
 
 
 def _version(package: str) -> str | None:

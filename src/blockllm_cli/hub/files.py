@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blockllm_cli.errors import InputError
-from blockllm_cli.hub.http import check_status, endpoint, transport_faults
+from blockllm_cli.hub.http import check_status, endpoint, quiet, transport_faults
 from blockllm_cli.hub.link import OFFLINE_WAYS, FaultError, Link, why_out_of_reach
 from blockllm_cli.hub.remote import Kind
 
@@ -57,9 +57,8 @@ def _download(repository: str, filename: str, kind: Kind, revision: str | None) 
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()
+    quiet()
     try:
         with transport_faults():
             return Path(hf_hub_download(repository, filename, repo_type=kind, revision=revision, endpoint=endpoint()))

@@ -28,6 +28,14 @@ def endpoint() -> str:
     return address
 
 
+def quiet() -> None:
+    """Let the client library say nothing by itself: what is tried again, and for how long, is said by `Link`."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    disable_progress_bars()
+    logging.set_verbosity_error()
+
+
 def probe() -> None:
     """Ask the hub for any answer.
 
@@ -36,8 +44,13 @@ def probe() -> None:
     """
     from huggingface_hub.utils import get_session
 
-    with transport_faults():
-        get_session().head(endpoint(), timeout=PROBE_SECONDS)
+    try:
+        with transport_faults():
+            get_session().head(endpoint(), timeout=PROBE_SECONDS)
+    except FaultError:
+        raise
+    except Exception as error:  # an address that is none: the libraries on the way have several errors for it
+        raise FaultError(f"{type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 
 from blockllm_cli.durable import storage_errors, write_json
 from blockllm_cli.errors import InputError
-from blockllm_cli.hub.http import check_status, endpoint, transport_faults
+from blockllm_cli.hub.http import check_status, endpoint, quiet, transport_faults
 from blockllm_cli.hub.link import FaultError, Link
 from blockllm_cli.hub.remote import RemoteFile
 
@@ -98,7 +98,9 @@ def _ask(wanted: Wanted) -> Listing:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+    quiet()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     api = HfApi(endpoint=endpoint())
     try:
         with transport_faults():

@@ -1,5 +1,6 @@
 """Patience with a hub: pauses, their end, and that nothing keeps a run from stopping."""
 
+import socket
 import threading
 import time
 
@@ -15,7 +16,7 @@ from blockllm_cli.hub.link import (
     offline_variable,
     why_out_of_reach,
 )
-from support.hub import Rule, refused, trickle
+from support.hub import Rule, refused
 
 
 def never():
@@ -111,10 +112,56 @@ def test_the_offline_variables_of_the_libraries_are_heeded(hub, monkeypatch, var
     assert offline_variable() is None
 
 
-def test_any_answer_is_one_and_none_is_noticed_soon(hub, monkeypatch):
-    hub.rules = [Rule("/", refused(503))]
+def at(monkeypatch, endpoint):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+
+
+def test_any_answer_is_one_a_refusal_too(hub):
+    hub.rules = [Rule("/", refused(503), times=1), Rule("/", refused(404), times=1)]
     assert why_out_of_reach(never) is None
-    hub.rules = [Rule("/", trickle(1, 10))]
-    monkeypatch.setattr("blockllm_cli.hub.link.PROBE_SECONDS", 0.2)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert why_out_of_reach(never) is None
+
+
+def test_a_refused_connection_is_said(hub, monkeypatch):
+    at(monkeypatch, "http://127.0.0.1:9")
     assert "http://127.0.0.1:9 cannot be reached (ConnectError" in why_out_of_reach(never)
+
+
+def test_an_answer_that_is_no_http_is_none(hub, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def babble():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"babble\r\n\r\n")
+
+        babbling = threading.Thread(target=babble, daemon=True)
+        babbling.start()
+        at(monkeypatch, f"http://127.0.0.1:{listening.getsockname()[1]}")
+        assert "RemoteProtocolError" in why_out_of_reach(never)
+        babbling.join()
+
+
+def test_a_hub_that_does_not_answer_costs_no_more_than_the_limit(hub, monkeypatch):
+    monkeypatch.setattr("blockllm_cli.hub.link.PROBE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert "no answer within 0 s" in why_out_of_reach(never)
+
+
+def test_a_name_look_up_that_hangs_is_within_the_limit_too(hub, monkeypatch):
+    over = threading.Event()
+    monkeypatch.setattr("blockllm_cli.hub.link.PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(60) and [])
+    at(monkeypatch, "http://hub.invalid")
+    try:
+        assert "no answer within 0 s" in why_out_of_reach(never)
+    finally:
+        over.set()
+
+
+@pytest.mark.parametrize("url", ["not an address", "file:///etc/hostname", "http://[", "http://127.0.0.1:99999"])
+def test_an_odd_address_is_no_answer(hub, monkeypatch, url):
+    at(monkeypatch, url)
+    assert f"{url} cannot be reached" in why_out_of_reach(never)
