@@ -33,7 +33,7 @@ def quiet() -> None:
     from huggingface_hub.utils import disable_progress_bars, logging
 
     disable_progress_bars()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.ERROR)
 
 
 def probe() -> None:
