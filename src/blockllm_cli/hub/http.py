@@ -64,6 +64,11 @@ def transport_faults() -> Iterator[None]:
         yield
     except client.TransportError as error:
         raise FaultError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+    except RuntimeError as error:
+        # The session is shared by all threads, and the library closes it when one of them cannot connect.
+        if "closed" not in str(error):
+            raise
+        raise FaultError("the connection was closed") from error
 
 
 def fetch_range(url: str, start: int, stop: int, size: int, sink: bytearray, cancelled: threading.Event) -> None:

@@ -166,6 +166,20 @@ def test_a_hub_out_of_reach_is_not_asked(hub, cache):
     assert hub.requests == []
 
 
+def test_a_session_that_another_thread_closes_is_a_fault_that_passes(hub, cache, monkeypatch):
+    from huggingface_hub.utils import close_session, get_session
+
+    monkeypatch.setattr("blockllm_cli.hub.link._FIRST_PAUSE", 0.01)
+    events = []
+    closed = get_session()
+    close_session()
+    sessions = iter([closed, closed])
+    real = get_session
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: next(sessions, None) or real())
+    assert read(shard_of(hub, cache, link=Link(5.0, events.append))) == CONTENT
+    assert [event["reason"] for event in events] == ["the connection was closed"]
+
+
 def test_refusals_for_good_are_said_with_the_way_out(hub, cache):
     hub.rules = [Rule("a.json.gz", refused(403))]
     with pytest.raises(InputError, match="the hub answered 403 Forbidden; log in"):
