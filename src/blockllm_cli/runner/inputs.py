@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from blockllm_cli.data.hub_tokenizer import hub_tokenizer_file
 from blockllm_cli.data.rows import Rows
 from blockllm_cli.data.stream import StreamSettings, rows_digest, validation_rows
 from blockllm_cli.data.tokenizer import Tokenizer, load_tokenizer
-from blockllm_cli.data.tokenizer_training import train_tokenizer
+from blockllm_cli.data.tokenizer_training import draw_sample, train_tokenizer
 from blockllm_cli.hub.shards import HubShard
 from blockllm_cli.methods.resolve import Resolved
 from blockllm_cli.model.config import LlamaConfig, llama_config
@@ -22,7 +21,8 @@ from blockllm_cli.tracking.run_folder import TOKENIZER, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
 
 _OPENING = {
-    "builtin": "opening the builtin corpus (documentation of Python and of the packages installed)",
+    "builtin": "reading the builtin corpus",
+    "files": "finding the files of the corpus",
     "c4": "asking the hub for the files of C4",
     "hub": "asking the hub for the files of the dataset",
 }
@@ -71,7 +71,7 @@ def prepare_inputs(resolved: Resolved, folder: RunFolder | None, terminal: Termi
     config = llama_config(recipe.model, tokenizer_vocab_size=tokenizer.vocab_size, error=resolved.loaded.error)
     settings = stream_settings(recipe)
     notices = _origin(corpora.train)
-    with terminal.working("tokenising the validation set"):
+    with terminal.progress("tokenising the validation set", total=recipe.evaluate.tokens, unit="targets") as step:
         rows = validation_rows(
             corpora.validation,
             tokenizer,
@@ -79,6 +79,7 @@ def prepare_inputs(resolved: Resolved, folder: RunFolder | None, terminal: Termi
             recipe.evaluate.tokens,
             report=notices.append,
             should_stop=watchdog,
+            progress=step.update,
         )
     digest = rows_digest(b"", rows).hex()
     targets = int(rows.targets_per_row().sum())
@@ -106,8 +107,10 @@ def stream_settings(recipe: Recipe) -> StreamSettings:
 def _open(resolved: Resolved, terminal: Terminal, watchdog: Watchdog) -> Corpora:
     data = resolved.recipe.data
     cache = Path(data.cache) if data.cache else None
-    with terminal.working(_OPENING[data.corpus]) if data.corpus in _OPENING else nullcontext():
-        return open_corpora(data, cache=cache, link=watchdog.link, say=terminal.say, should_stop=watchdog)
+    with terminal.progress(_OPENING[data.corpus], unit="source files" if data.corpus == "builtin" else "") as step:
+        return open_corpora(
+            data, cache=cache, link=watchdog.link, say=terminal.say, should_stop=watchdog, progress=step.update
+        )
 
 
 def _tokenizer(
@@ -125,18 +128,19 @@ def _tokenizer(
         return load_tokenizer(Path(wanted.path))
     if wanted.source == "hub":
         assert wanted.path is not None
-        with terminal.working(f"fetching the tokenizer of {wanted.path}"):
+        with terminal.progress(f"fetching the tokenizer of {wanted.path}"):
             return load_tokenizer(hub_tokenizer_file(wanted.path, watchdog.link, watchdog))
     assert wanted.vocab_size is not None  # filled when the recipe was resolved
-    with terminal.working(f"training a tokenizer of {wanted.vocab_size:,} pieces ({wanted.kind})"):
-        trained = train_tokenizer(
+    with terminal.progress("reading text to train a tokenizer on", unit="bytes") as step:
+        sample = draw_sample(
             corpora.train.texts(watchdog),
-            vocab_size=wanted.vocab_size,
-            kind=wanted.kind,
             sample_bytes=wanted.sample_bytes,
             seed=0,
             should_stop=watchdog,
+            progress=step.update,
         )
+    with terminal.progress(f"training a tokenizer of {wanted.vocab_size:,} pieces ({wanted.kind})"):
+        trained = train_tokenizer(sample, vocab_size=wanted.vocab_size, kind=wanted.kind, should_stop=watchdog)
     tokenizer = Tokenizer(trained.model_bytes)
     terminal.say(f"tokenizer: {tokenizer.vocab_size:,} pieces, {_report(trained.report)}")
     return tokenizer

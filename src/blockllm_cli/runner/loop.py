@@ -233,7 +233,9 @@ class Loop:
     def _evaluate_and_log(self, row: metrics.Row) -> None:
         self.observed.pending_row = row
         started = time.perf_counter()
-        evaluation = self.evaluator.evaluate(self.trainer.model, self._stop)
+        words = f"evaluating after update {self.step}"
+        with self._terminal.progress(words, total=len(self.evaluator.rows), unit="rows") as step:
+            evaluation = self.evaluator.evaluate(self.trainer.model, self._stop, step.update)
         self.observed.pending_row = None
         figures = metrics.evaluation_row(evaluation, self._unigram())
         self._note_best(evaluation)
@@ -260,8 +262,8 @@ class Loop:
 
     def _warn_of_rounding(self, report: StepReport) -> None:
         if report.unchanged is not None and report.unchanged > 0.5 and report.step == self._recipe.tracking.log_every:
-            self._terminal.say(
-                f"warning: rounding to bf16 kept {report.unchanged:.0%} of the written weights as they were at update "
+            self._terminal.warn(
+                f"rounding to bf16 kept {report.unchanged:.0%} of the written weights as they were at update "
                 f'{report.step}; run.precision = "bf16_master" or run.rounding = "stochastic" keeps such small steps'
             )
 
@@ -271,27 +273,26 @@ class Loop:
             if file is not None:
                 file.sync()
         state, method = self.trainer.state, self.trainer.method
-        started = time.perf_counter()
-        folder = save_checkpoint(
-            self._folder.checkpoints,
-            step=state.step,
-            weights=dict(self.trainer.model.named_parameters()),
-            method_state=method.state_dict(),
-            state={
-                "tokens": state.tokens,
-                "slots": state.slots,
-                "rows_digest": state.rows_digest.hex(),
-                "unigram_counts": state.unigram_counts.tolist(),
-                "data": state.data,
-                "observed": asdict(self.observed),
-                "memory_peaks": self.meter.peaks,
-                "random": random_state(),
-                "validation_sha256": self._inputs.validation_sha256,
-                "tokenizer_sha256": self._inputs.tokenizer.sha256,
-            },
-            keep=self._recipe.checkpoint.keep,
-        )
-        self._terminal.record(f"saved {folder.name} in {time.perf_counter() - started:.2f} s")
+        with self._terminal.progress(f"saving update {state.step}"):
+            save_checkpoint(
+                self._folder.checkpoints,
+                step=state.step,
+                weights=dict(self.trainer.model.named_parameters()),
+                method_state=method.state_dict(),
+                state={
+                    "tokens": state.tokens,
+                    "slots": state.slots,
+                    "rows_digest": state.rows_digest.hex(),
+                    "unigram_counts": state.unigram_counts.tolist(),
+                    "data": state.data,
+                    "observed": asdict(self.observed),
+                    "memory_peaks": self.meter.peaks,
+                    "random": random_state(),
+                    "validation_sha256": self._inputs.validation_sha256,
+                    "tokenizer_sha256": self._inputs.tokenizer.sha256,
+                },
+                keep=self._recipe.checkpoint.keep,
+            )
 
 
 def _plain(event: dict[str, Any]) -> str:

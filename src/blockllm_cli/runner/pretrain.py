@@ -81,7 +81,7 @@ def pretrain(request: PretrainRequest, terminal: Terminal) -> Path:
             return folder.path
     _check_stop_after(request, resolved)
     machine = choose_machine(resolved.loaded)
-    with StopFlag() as stop, on_machine(machine), contextlib.ExitStack() as stack:
+    with StopFlag(terminal) as stop, on_machine(machine), contextlib.ExitStack() as stack:
         if folder is not None:
             stack.enter_context(folder.locked())
         watchdog = Watchdog(stop, terminal.say, resolved.recipe.data.retry_seconds)
