@@ -114,7 +114,9 @@ def evaluate_run(
         BlockLLMError: the run or the data cannot be used.
         InterruptedRunError: a signal stopped it.
     """
-    with StopFlag(terminal) as stop, opened_run(path, step=step, overrides=overrides) as run:
+    with StopFlag(terminal) as stop, contextlib.ExitStack() as stack:
+        with terminal.progress("loading the model"):
+            run = stack.enter_context(opened_run(path, step=step, overrides=overrides))
         try:
             return _evaluate(run, terminal, stop)
         except StopRequested as error:

@@ -136,8 +136,7 @@ class Loop:
             self._save()
             assert self._stop.signal_number is not None
             raise InterruptedRunError(
-                f"stopped at update {self.step} and saved; continue with: "
-                f"blockllm pretrain --resume {self._folder.path}",
+                f"stopped at update {self.step} and saved; continue with: {self._folder.resume_command}",
                 self._stop.signal_number,
             ) from error
         except InputError as error:

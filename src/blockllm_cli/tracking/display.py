@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from blockllm_cli.tracking.plain import printable
 from blockllm_cli.tracking.progress import Activity
 
 BAR_WIDTH = 12
@@ -80,10 +81,16 @@ def _bar(share: float | None, *, is_plain: bool) -> Text:
     return Text.assemble((done * filled, "bar.complete"), (open_ * (BAR_WIDTH - filled), "bar.back"), " ")
 
 
+def _one_line(text: str, *, is_plain: bool) -> str:
+    """`text` in characters whose width is known and that the terminal has."""
+    line = " ".join(printable(text).split())
+    return line.encode("ascii", errors="replace").decode("ascii") if is_plain else line
+
+
 def _fitted(bar: Text, parts: Sequence[str], width: int, *, is_plain: bool) -> Text:
     """`bar` and as many of the parts as fit; a first part that is too long by itself is cut."""
     between = ", " if is_plain else " \u00b7 "
-    line, *others = parts
+    line, *others = (_one_line(part, is_plain=is_plain) for part in parts)
     room = width - bar.cell_len
     for part in others:
         if cell_len(line) + cell_len(between) + cell_len(part) > room:

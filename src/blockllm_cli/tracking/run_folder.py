@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -115,6 +116,11 @@ class RunFolder:
     def run_id(self) -> str:
         """Unique among the runs of one name."""
         return self.path.name
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with the run, as a shell takes it."""
+        return f"blockllm pretrain --resume {shlex.quote(str(self.path))}"
 
     @property
     def checkpoints(self) -> Path:

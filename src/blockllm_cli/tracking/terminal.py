@@ -296,4 +296,4 @@ class Terminal:
 
 def _put(console: Console, line: str) -> None:
     """Print `line` as it is: as a `Text`, nothing in it is taken for markup, an emoji or a number to colour."""
-    console.print(Text(printable(line)))
+    console.print(Text(printable(line)), soft_wrap=True)
