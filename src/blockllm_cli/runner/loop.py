@@ -143,7 +143,7 @@ class Loop:
             # The data ended a run whose state is sound: all of it was taken before the update that could not begin.
             self._save()
             raise InputError(
-                f"{error}\nsaved at update {self.step}; continue with: blockllm pretrain --resume {self._folder.path}"
+                f"{error}\nsaved at update {self.step}; continue with: {self._folder.resume_command}"
             ) from error
         finally:
             self._note_network()

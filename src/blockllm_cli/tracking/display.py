@@ -17,6 +17,9 @@ BAR_WIDTH = 12
 NARROW = 50
 """Below this many columns figures are worth more than a bar."""
 
+ECHO_WIDTH = 2
+"""Columns left free: a terminal writes `^C` where the cursor stands, and a line that wraps cannot be redrawn."""
+
 
 class Display:
     """Shows activities until it is stopped, and leaves no line behind.
@@ -55,8 +58,9 @@ class Display:
         self._live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """One `Text` a line, none longer than the terminal is wide."""
-        now, width, is_plain = self._clock(), options.max_width, options.ascii_only
+        """One `Text` a line, none as long as the terminal is wide."""
+        now, is_plain = self._clock(), options.ascii_only
+        width = max(1, options.max_width - ECHO_WIDTH)
         for activity in self._activities():
             lines = activity.figures(now)
             bar = _bar(activity.share(), is_plain=is_plain) if width >= NARROW else Text()
@@ -88,14 +92,20 @@ def _one_line(text: str, *, is_plain: bool) -> str:
 
 
 def _fitted(bar: Text, parts: Sequence[str], width: int, *, is_plain: bool) -> Text:
-    """`bar` and as many of the parts as fit; a first part that is too long by itself is cut."""
+    """`bar` and as many of the parts as fit; the first is cut where that makes room for the second."""
     between = ", " if is_plain else " \u00b7 "
     line, *others = (_one_line(part, is_plain=is_plain) for part in parts)
     room = width - bar.cell_len
+    if others and cell_len(line) > (short := room - cell_len(between + others[0])) >= room // 2:
+        line = _cut(line, short, is_plain=is_plain)
     for part in others:
         if cell_len(line) + cell_len(between) + cell_len(part) > room:
             break
         line += between + part
-    shown = Text.assemble(bar, line, no_wrap=True, overflow="crop" if is_plain else "ellipsis")
-    shown.truncate(width, overflow="crop" if is_plain else "ellipsis")
-    return shown
+    return Text.assemble(bar, _cut(line, room, is_plain=is_plain), no_wrap=True, overflow="crop")
+
+
+def _cut(line: str, width: int, *, is_plain: bool) -> str:
+    cut = Text(line)
+    cut.truncate(max(width, 0), overflow="crop" if is_plain else "ellipsis")
+    return cut.plain

@@ -239,7 +239,7 @@ class Terminal:
 
     def leave(self) -> None:
         """Undo what must not outlive the process, which ends at once; safe in a signal handler."""
-        if self._display is not None:
+        if self.is_live:
             with contextlib.suppress(OSError, ValueError):
                 os.write(self.console.file.fileno(), SHOW_CURSOR + b"\n")
 
