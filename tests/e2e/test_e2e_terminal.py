@@ -149,3 +149,16 @@ def test_stdout_can_be_used_by_a_script(tiny):
     assert told.returncode == 0
     assert json.loads(told.stdout) == {"run": str(tiny.newest().folder)} | tiny.newest().summary
     assert "update 6/6" in told.stderr
+
+
+def test_bash_completes_what_the_command_offers(tmp_path):
+    lines = (
+        'eval "$("$0" --show-completion bash)"',
+        "COMP_WORDS=(blockllm pretrain qui); COMP_CWORD=2",
+        '_blockllm_completion "$0"; echo "${COMPREPLY[@]}"',
+        "complete -p blockllm",
+    )
+    done = subprocess.run(
+        ["bash", "--norc", "-c", "; ".join(lines), BLOCKLLM], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.stdout.splitlines() == ["quickstart", "complete -o default -F _blockllm_completion blockllm"]
