@@ -47,10 +47,8 @@ class Watchdog:
             self._began, self._next_word = now, FIRST_WORD_SECONDS
         self._asked = now
         waited = now - self._began
-        if waited >= self._next_word:
-            self._say(
-                f"waiting for data since {format_seconds(waited)}: {self.link.doing or 'documents are tokenised'}"
-            )
+        if waited >= self._next_word and self.link.doing:  # of what this machine does itself the terminal speaks
+            self._say(f"waiting for data since {format_seconds(waited)}: {self.link.doing}")
             self._next_word += min(self._next_word, _LONGEST_SILENCE)
         self._hear()
         return self._stop()
