@@ -12,11 +12,15 @@ from blockllm_cli.commands.output import print_json
 
 def generate(
     run: RunArgument,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add; the end of a document ends earlier.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the k likeliest only.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.")] = 0,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")] = "",
+    tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Most tokens to add; the end of a document ends earlier.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token each time.")
+    ] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Draw among the k likeliest only.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Seed of the draws.")] = 0,
     step: StepOption = None,
     as_json: JsonOption = False,
 ) -> None:

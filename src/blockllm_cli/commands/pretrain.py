@@ -21,8 +21,12 @@ def pretrain(
     ] = None,
     method: MethodOption = None,
     set_: SetOption = None,
-    output: Annotated[str | None, typer.Option(help="Folder for runs; short for --set run.output=DIR.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run; short for --set run.name=NAME.")] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder for runs; short for --set run.output=DIR.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the run; short for --set run.name=NAME.")
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
