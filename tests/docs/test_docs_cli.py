@@ -10,8 +10,8 @@ from blockllm_cli import app
 from blockllm_cli.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]
-# Read by rich and by the C library rather than by us.
-READ_BY_OTHERS = {"NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "TERM"}
+# Read by rich and by the client libraries of the hub rather than by us.
+READ_BY_OTHERS = {"NO_COLOR", "FORCE_COLOR", "TERM", "HF_ENDPOINT"}
 
 
 def section(title: str) -> str:
@@ -39,7 +39,8 @@ def test_every_environment_variable_is_documented_and_exists():
     documented = set(re.findall(r"`([A-Z][A-Z_]{3,})(?:=\w+)?`", section("Environment variables")))
     read = set(variables_read())
     assert "BLOCKLLM_CACHE" in read
-    assert documented == read | READ_BY_OTHERS
+    assert read <= documented, "put them into docs/cli.md"
+    assert documented <= read | READ_BY_OTHERS, "nobody reads them"
 
 
 def test_every_exit_code_is_documented():
