@@ -128,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
+        if status == INTERRUPT_STATUS:  # what some versions of typer make of a KeyboardInterrupt
+            return _say("interrupted", INTERRUPT_STATUS)
         return status if isinstance(status, int) else ExitCode.OK
     except InterruptedRunError as error:
         return _say(f"interrupted: {error}", error.status)

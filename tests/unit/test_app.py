@@ -137,12 +137,15 @@ def test_a_bug_shows_where_it_happened_and_no_values(command, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, typer.Abort])
-def test_an_interrupt_that_nothing_caught_ends_with_130(command, raised: type[BaseException]) -> None:
+def test_an_interrupt_that_nothing_caught_ends_with_130(
+    command, capsys: pytest.CaptureFixture[str], raised: type[BaseException]
+) -> None:
     def fail() -> None:
         raise raised
 
     command(fail)
     assert app.main(["probe"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_command_that_ends_early_keeps_its_code(command) -> None:
