@@ -14,6 +14,7 @@ from support.hub import Hub, running_hub
 from support.tiny import TinyRuns
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the command does, before anything loads torch
+os.environ["WANDB_MODE"] = "disabled"  # no test but those of the tracker starts a process of it
 GOLDEN = Path(__file__).parent / "golden"
 WITHOUT_REAL_TEXT = pytest.StashKey[list[str]]()
 

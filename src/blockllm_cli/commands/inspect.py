@@ -60,8 +60,8 @@ def _open(run: Path) -> tuple[RunFolder, str, SelectionTable]:
     Raises:
         InputError: there are none, or the folder or its files are not those of a run.
     """
-    from blockllm_cli.tracking.run_folder import EVENTS, METRICS, RunFolder, read_json_lines
-    from blockllm_cli.tracking.selections import read_selections, table_of
+    from blockllm_cli.tracking.run_folder import EVENTS, METRICS, PLAN, RunFolder, read_json_lines
+    from blockllm_cli.tracking.selections import parameters_in, read_selections, table_of
 
     if not run.is_dir():
         raise InputError(f"{run} is not a folder; inspect takes the folder of a run")
@@ -75,7 +75,7 @@ def _open(run: Path) -> tuple[RunFolder, str, SelectionTable]:
     if not selections:
         why = f"{name} made none in its {updates:,} updates; methods that choose blocks, such as blockllm, do"
         raise InputError(f"{run} has no selection to show: {why if updates else 'it has done no update yet'}")
-    return folder, name, table_of(selections, last=updates, parameters=_parameters_of(folder))
+    return folder, name, table_of(selections, last=updates, parameters=parameters_in(folder.path / PLAN))
 
 
 def _method_of(folder: RunFolder) -> str:
@@ -86,17 +86,6 @@ def _method_of(folder: RunFolder) -> str:
         return str(method["name"]) + (f" ({method['variant']})" if "variant" in method else "")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder.path / RECIPE} does not name a method: {error}") from error
-
-
-def _parameters_of(folder: RunFolder) -> list[str]:
-    """The model's parameters in its order; none where the plan does not tell."""
-    from blockllm_cli.tracking.run_folder import PLAN
-
-    try:
-        tensors = json.loads((folder.path / PLAN).read_text(encoding="utf-8"))["tensors"]
-        return [tensor["name"] for tensor in tensors if tensor["category"] == "weights"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
 
 
 def _page(

@@ -25,6 +25,9 @@ def _as_tuple(value: Any) -> Any:
 Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
+Tags = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], BeforeValidator(_as_tuple)]
+
+
 class Section(BaseModel):
     """A table of the recipe: no unknown key, no conversion between types, no change after it is made."""
 
@@ -206,8 +209,15 @@ class Checkpoint(Section):
 
 
 class Tracking(Section):
-    """`[tracking]`: what is logged."""
+    """`[tracking]`: what is logged, and whether Weights & Biases shows it."""
 
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="Weights & Biases; auto is online with a key and a network, else offline files in the run"
+    )
+    project: str | None = Field(None, min_length=1, description="project in W&B; absent: $WANDB_PROJECT, else blockllm")
+    entity: str | None = Field(None, min_length=1, description="user or team in W&B; absent: the account's default")
+    group: str | None = Field(None, min_length=1, description="group of runs in W&B; absent: none")
+    tags: Tags = Field((), description="tags of the run in W&B", json_schema_extra={"allowed": "a list of strings"})
     log_every: int = Field(10, ge=1, description="updates between rows of metrics.jsonl")
     log_rows: bool = Field(False, description="write rows.jsonl: which documents each update read")
 

@@ -19,6 +19,7 @@ from blockllm_cli.runner.inputs import Inputs
 from blockllm_cli.runner.watchdog import Watchdog
 from blockllm_cli.tracking.run_folder import EVENTS, METRICS, ROWS, JsonLines, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
+from blockllm_cli.tracking.wandb_process import Tracker
 from blockllm_cli.training.checkpoint import save_checkpoint
 from blockllm_cli.training.evaluation import Evaluation, Evaluator, unigram_perplexity
 from blockllm_cli.training.random_state import random_state
@@ -86,6 +87,7 @@ class Loop:
         stop_after: int | None,
         observed: Observed,
         inputs: Inputs,
+        tracker: Tracker,
     ) -> None:
         self.trainer = trainer
         self.evaluator = evaluator
@@ -102,6 +104,7 @@ class Loop:
         self._watchdog = watchdog
         self._stop_after = stop_after
         self._inputs = inputs
+        self._tracker = tracker
         self._steps = total_steps(recipe)
         self._started = time.perf_counter()
         self._window = _Window()
@@ -258,6 +261,7 @@ class Loop:
         row[metrics.ELAPSED_SECONDS] = time.perf_counter() - self._started
         self._metrics.append(row)
         self._terminal.row(row)
+        self._tracker.poll()
 
     def _warn_of_rounding(self, report: StepReport) -> None:
         if report.unchanged is not None and report.unchanged > 0.5 and report.step == self._recipe.tracking.log_every:

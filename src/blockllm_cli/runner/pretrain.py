@@ -36,6 +36,7 @@ from blockllm_cli.runner.summary import Outcome, write_summary
 from blockllm_cli.runner.watchdog import Watchdog
 from blockllm_cli.tracking.run_folder import ENVIRONMENT, PLAN, RECIPE, TOKENIZER, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
+from blockllm_cli.tracking.wandb_process import Tracker, run_tracker
 from blockllm_cli.training.checkpoint import Checkpoint, find_checkpoint, set_aside, step_of, steps_on_disk
 from blockllm_cli.training.evaluation import evaluator_for
 from blockllm_cli.training.random_state import restore_random_state, seed_random_state
@@ -181,7 +182,11 @@ class _Run:
                     trainer = self._trainer(checkpoint, stream)
                 if resumed:
                     self._continue(folder, checkpoint)
-                loop = self._loop(folder, checkpoint, stream, trainer)
+                # It ends with the stack: after the summary, before the folder's lock.
+                tracker = stack.enter_context(
+                    run_tracker(folder, self.recipe.run.name, self.recipe.tracking, self.terminal.say)
+                )
+                loop = self._loop(folder, checkpoint, stream, trainer, tracker)
                 loop.run()
         except BaseException as error:
             if loop is not None or not resumed:
@@ -274,7 +279,14 @@ class _Run:
         factor = Schedule(schedule.shape, settings.steps, warmup_steps(self.recipe), schedule.min_ratio)
         return Trainer(model, self.method, factor, stream, settings, state, probe=self.meter, should_stop=self.stop)
 
-    def _loop(self, folder: RunFolder, checkpoint: Checkpoint | None, stream: RowStream, trainer: Trainer) -> Loop:
+    def _loop(
+        self,
+        folder: RunFolder,
+        checkpoint: Checkpoint | None,
+        stream: RowStream,
+        trainer: Trainer,
+        tracker: Tracker,
+    ) -> Loop:
         return Loop(
             trainer=trainer,
             evaluator=evaluator_for(self.recipe, self.inputs.validation, self.machine.device),
@@ -288,6 +300,7 @@ class _Run:
             stop_after=self.request.stop_after,
             observed=Observed.restore(checkpoint.state["observed"]) if checkpoint else Observed(),
             inputs=self.inputs,
+            tracker=tracker,
         )
 
     def _model(self, checkpoint: Checkpoint | None) -> LlamaForCausalLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -229,6 +230,15 @@ def _finds(expression: str, name: str) -> bool:
         return re.search(expression, name) is not None
     except re.error:
         return False
+
+
+def parameters_in(plan: Path) -> list[str]:
+    """The model's parameters in its order, from the plan.json of a run; none where it does not tell."""
+    try:
+        tensors = json.loads(plan.read_text(encoding="utf-8"))["tensors"]
+        return [tensor["name"] for tensor in tensors if tensor["category"] == "weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def bins_of(last: int, width: int) -> list[Span]:
