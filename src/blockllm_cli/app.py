@@ -37,6 +37,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "evaluate": CommandEntry("evaluate:evaluate", "Compute the perplexity of a run.", "Runs"),
     "generate": CommandEntry("generate:generate", "Continue a prompt with the model of a run.", "Runs"),
     "inspect": CommandEntry("inspect:inspect", "Show which block of a run was trained when, and why.", "Runs"),
+    "track": CommandEntry("track:track", "Send a run to Weights & Biases afterwards.", "Runs"),
     "recipes": CommandEntry("recipes:app", "List, show and copy the recipes that come with blockllm.", "Recipes"),
     "validate": CommandEntry("validate:validate", "Check a recipe, and print every value it leads to.", "Recipes"),
     "methods": CommandEntry("methods:app", "List the training methods, describe or check one.", "Recipes"),

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from blockllm_cli.tracking.run_folder import EVENTS, METRICS, PLAN, RECIPE, SUMMARY
 from blockllm_cli.tracking.wandb_choice import Mode, server_problem
 from blockllm_cli.tracking.wandb_feed import RowFeed
-from blockllm_cli.tracking.wandb_process import FOLDER, Task
+from blockllm_cli.tracking.wandb_process import FOLDER, LATER, Task
 
 if TYPE_CHECKING:
     import wandb
@@ -85,7 +85,7 @@ class Mirror:
     def report(self) -> dict[str, Any]:
         """What was done, for whoever started the process."""
         url = str(self._run.url) if self.mode == "online" else None
-        return {"mode": self.mode, "rows": self.sent, "url": url}
+        return {"mode": self.mode, "rows": self.sent, "url": url, "files": str(Path(self._run.dir).parent)}
 
     def _reachable_mode(self) -> Mode:
         """The task's mode, or offline where the server does not answer."""
@@ -96,8 +96,8 @@ class Mirror:
         if not task.goes_on:
             raise _Unreachable(f"cannot reach {task.server}: {problem}")
         self._tell({
-            "say": f"offline, since {task.server} cannot be reached ({problem}): files in {self._folder / FOLDER}; "
-            f"`blockllm track {self._folder}` sends the run later"
+            "say": f"offline, since {task.server} cannot be reached ({problem}): files in {self._folder / FOLDER}"
+            + LATER.format(self._folder)
         })  # fmt: skip
         return "offline"
 

@@ -34,9 +34,13 @@ from blockllm_cli.tracking.wandb_choice import Mode, choose_mode
 
 FOLDER, RECORD, LOG = "wandb", "run.json", "tracking.log"
 FINISH_SECONDS = 8.0  # for what is left to send when a run has ended
+LATER = "; `blockllm track {}` sends the run later"
 DEFAULT_PROJECT = "blockllm"
 # They would make W&B another run, at another place, than the task says.
 _NOT_PASSED_ON = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_DIR", "WANDB_SERVICE")
+
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Task:
         return cls(**{**values, "tags": tuple(values["tags"])})
 
 
-def run_tracker(folder: RunFolder, name: str, tracking: Tracking, say: Callable[[str], None]) -> Tracker:
+def run_tracker(folder: RunFolder, name: str, tracking: Tracking, say: Say) -> Tracker:
     """The tracker of a run that begins or goes on in `folder`. One line says what is done, if anything is.
 
     Args:
@@ -93,18 +97,18 @@ def run_tracker(folder: RunFolder, name: str, tracking: Tracking, say: Callable[
     if choice.mode == "off":
         if choice.reason:
             say(f"W&B: off, since {choice.reason}")
-        return Tracker(None, folder.path, say)
+        return Tracker(None, folder.path)
     if choice.mode == "offline":
-        later = f"; `blockllm track {folder.path}` sends the run later" if choice.reason else ""
+        later = LATER.format(folder.path) if choice.reason else ""
         since = f", since {choice.reason}" if choice.reason else ""
         say(f"W&B: offline{since}: files in {folder.path / FOLDER}{later}")
     probed = choice.server if tracking.wandb == "auto" else None
     try:
         task = task_of(folder, name, tracking, mode=choice.mode, server=probed, goes_on=True)
-        return Tracker.start(task, say)
+        return Tracker.start(task, say, lambda problem: say(f"W&B: {problem}{LATER.format(folder.path)}"))
     except (OSError, BlockLLMError) as error:
         say(f"W&B: off, since its process cannot be started: {error}")
-        return Tracker(None, folder.path, say)
+        return Tracker(None, folder.path)
 
 
 def task_of(
@@ -163,17 +167,25 @@ class Tracker:
         problem: what went wrong, in words, or None.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes] | None, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes] | None, folder: Path, say: Say = print, warn: Say = print
+    ) -> None:
         self.report: Mapping[str, Any] | None = None
         self.problem: str | None = None
         self._process = process
         self._folder = folder
         self._say = say
+        self._warn = warn
         self._heard = b""
 
     @classmethod
-    def start(cls, task: Task, say: Callable[[str], None]) -> Tracker:
+    def start(cls, task: Task, say: Say, warn: Say) -> Tracker:
         """Start the process for `task`.
+
+        Args:
+            task: what it is to do.
+            say: called with lines for the person.
+            warn: called once, when something goes wrong, with what it was.
 
         Raises:
             OSError: the system refuses.
@@ -189,7 +201,7 @@ class Tracker:
                 env=_environment(),
                 start_new_session=True,  # Ctrl-C is for the run, which ends the process in order
             )
-        tracker = cls(process, folder, say)
+        tracker = cls(process, folder, say, warn)
         assert process.stdin is not None
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
@@ -202,27 +214,29 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.finish()
+        self.finish(FINISH_SECONDS)
 
     def poll(self) -> None:
         """Say what the process has to say; some microseconds where that is nothing."""
         if self._process is not None and not self._listen():
             self._end(self._process)
 
-    def finish(self, seconds: float = FINISH_SECONDS) -> None:
+    def finish(self, seconds: float) -> None:
         """Tell the process that the run and its summary are complete, and wait for it, at most `seconds`."""
         process = self._process
         if process is None:
             return
         self._tell(b"ended\n")
         deadline = time.monotonic() + seconds
-        while self._listen() and process.stdout is not None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                self._fail(f"not all was sent within {seconds:.0f} s")
-                break
-            select.select([process.stdout], [], [], left)
-        self._end(process)
+        try:
+            while self._listen() and process.stdout is not None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    self._fail(f"not all was sent within {seconds:.0f} s")
+                    break
+                select.select([process.stdout], [], [], left)
+        finally:
+            self._end(process)
 
     def _tell(self, line: bytes) -> None:
         assert self._process is not None
@@ -262,10 +276,9 @@ class Tracker:
         self.report = message.get("report", self.report)
 
     def _fail(self, problem: str) -> None:
-        """Say what went wrong and the way out, unless something else was said before."""
         if self.problem is None:
             self.problem = problem
-            self._say(f"W&B: {problem}; `blockllm track {self._folder}` sends the run later")
+            self._warn(problem)
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """See to it that nothing of the process is left, and say so if it did not do all of its work."""
