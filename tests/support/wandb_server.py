@@ -34,6 +34,19 @@ class StoredRun:
     def steps(self) -> list[int]:
         return [row["step"] for row in self.history if "step" in row]
 
+    def forget(self, count: int) -> None:
+        """Know only the first `count` rows, as after a crash that came before the rest was sent."""
+        del self.history[count:]
+        self.summary = {**self.summary, "_step": count - 1} if count else {}
+        self.exit_code = None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that is killed resets its connection: no news."""
+
 
 class WandbServer:
     """Answers the client on 127.0.0.1 until it is left.
@@ -41,25 +54,24 @@ class WandbServer:
     Attributes:
         runs: id -> run.
         requests: how many came.
-        silent: take requests and answer none, as a network does that swallows packets.
+        unanswered: requests to paths that end so get no answer, as from a network that swallows packets.
         status: answer each request with this instead, if set.
     """
 
     def __init__(self) -> None:
         self.runs: dict[str, StoredRun] = {}
         self.requests = 0
-        self.silent = threading.Event()
+        self.unanswered: str | None = None
         self.status: int | None = None
         self._left = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> WandbServer:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -67,8 +79,8 @@ class WandbServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def wait_if_silent(self) -> None:
-        while self.silent.is_set() and not self._left.wait(0.05):
+    def keep_waiting(self, path: str) -> None:
+        while self.unanswered and path.endswith(self.unanswered) and not self._left.wait(0.02):
             pass
 
     def answer(self, path: str, body: bytes) -> dict[str, Any]:
@@ -134,12 +146,24 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def do_HEAD(self):
+            self.respond()
+
+        def do_GET(self):
+            self.respond()
+
+        def do_PUT(self):
+            self.respond()
+
         def do_POST(self):
+            self.respond()
+
+        def respond(self):
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             if self.headers.get("content-encoding") == "gzip":
                 body = gzip.decompress(body)
             server.requests += 1
-            server.wait_if_silent()
+            server.keep_waiting(self.path)
             content = json.dumps({} if server.status else server.answer(self.path, body)).encode()
             self.send_response(server.status or 200)
             self.send_header("content-type", "application/json")
@@ -147,8 +171,6 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content)
-
-        do_HEAD = do_GET = do_PUT = do_POST
 
         def log_message(self, *_):
             pass

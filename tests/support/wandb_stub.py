@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = '''
+SOURCE = """
 import os, signal, time
 
 def _do(name):
@@ -32,7 +32,7 @@ class Summary:
         _do("summary")
 
 class Run:
-    step, url, dir, summary = 0, "http://stub", "/nowhere/files", Summary()
+    starting_step, url, dir, summary = 0, "http://stub", "/nowhere/files", Summary()
     def define_metric(self, *_, **__):
         _do("define_metric")
     def log(self, row, step, commit):
@@ -45,7 +45,7 @@ class Run:
 def init(**_):
     _do("init")
     return Run()
-'''
+"""
 
 
 class Stub:

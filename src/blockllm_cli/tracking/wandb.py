@@ -77,7 +77,7 @@ class Mirror:
         self.mode = self._reachable_mode()
         self._former = set(self._offline_folders())
         self._run = self._begin()
-        self._next = self._run.step if self.mode == "online" else 0
+        self._next = self._run.starting_step  # of a run that W&B has; else 0
         if self.mode == "online":
             tell({"say": str(self._run.url)})
 
@@ -150,30 +150,33 @@ class Mirror:
         summary = _json(self._folder / SUMMARY)
         code = summary.get("exit_code", 1)  # a run without a summary was killed
         if not self._rows_failed:
-            self._attempt("the selections are not sent", self._send_selections)
+            if summary.get("status") == "completed":
+                self._attempt("the selections are not sent", lambda: self._send_selections(summary["steps"]))
             self._attempt("the summary is not sent", lambda: self._run.summary.update(summary))
         if self._task.goes_on and summary.get("status") == "diverged":
             title, text = f"{self._task.name} diverged", summary["message"]
             self._attempt("no alert is sent", lambda: self._run.alert(title=title, text=text, level="ERROR"))
         self._attempt("the end of the run is not sent", lambda: self._run.finish(exit_code=code))
 
-    def _send_selections(self) -> None:
-        """Table and picture of the selections, for methods that make any, at the step after the newest row."""
+    def _send_selections(self, steps: int) -> None:
+        """Table and picture of the selections, for methods that make any.
+
+        They take the step after the last, so they are for complete runs: in another one a row may follow there.
+        """
         import wandb
 
         from blockllm_cli.tracking.selection_chart import COLUMNS, chart, table_rows
         from blockllm_cli.tracking.selections import parameters_in, read_selections, table_of
 
         selections = read_selections(self._folder / EVENTS)
-        if not selections:
+        if not selections or self._next > steps + 1:  # none were made, or W&B has them
             return
-        steps = _json(self._folder / SUMMARY).get("steps") or selections[-1].step
         table = table_of(selections, last=steps, parameters=parameters_in(self._folder / PLAN))
         media = {
             "selections/blocks": wandb.Table(columns=list(COLUMNS), data=table_rows(table)),
             "selections/map": wandb.Html(chart(table), inject=False),
         }
-        self._run.log(media, step=self._next, commit=True)
+        self._run.log(media, step=steps + 1, commit=True)
 
     def _offline_folders(self) -> list[Path]:
         return list((self._folder / FOLDER).glob(f"offline-run-*-{self._task.id}"))
