@@ -57,10 +57,11 @@ format: $(DEV)  ## Put the code into its one format.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(DEV)  ## Measure the loss against the plain one, the sketch against its product, updates against adamw's.
+bench: $(DEV)  ## Measure the loss against the plain one, the sketch against its product, updates against adamw's, tracking.
 	$(BIN)/python bench/loss.py
 	$(BIN)/python bench/sketch.py
 	$(BIN)/python bench/step_time.py
+	$(BIN)/python bench/tracking.py
 
 tables: $(DEV)  ## Make the tables in docs/: run missing cells, for at most MINUTES (60). DATA names the shards.
 	@test -n "$(DATA)" || { echo "make tables needs real text: make tables DATA=FOLDER (C4-shaped shards), or set BLOCKLLM_SHARED"; exit 2; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ class Stub:
         (folder / "stub" / "wandb.py").write_text(SOURCE, encoding="utf-8")
         self.calls = folder / "calls"
         self.calls.touch()
-        monkeypatch.setenv("PYTHONPATH", str(folder / "stub"))
+        monkeypatch.setenv("PYTHONPATH", str(folder / "stub"), prepend=os.pathsep)
         monkeypatch.setenv("STUB_CALLS", str(self.calls))
         monkeypatch.setenv("STUB", behaviour)
         monkeypatch.delenv("WANDB_MODE", raising=False)

@@ -75,7 +75,7 @@ class Mirror:
         self._rows_failed = False
         self.sent = 0
         self.mode = self._reachable_mode()
-        self._former = set(self._offline_folders())
+        self._former = self._offline_folders()
         self._run = self._begin()
         self._next = self._run.starting_step  # of a run that W&B has; else 0
         if self.mode == "online":
@@ -184,7 +184,8 @@ class Mirror:
     def _remove_former(self) -> None:
         """Remove the offline folders of earlier processes, once all their rows are in this one's run."""
         for former in self._former:
-            shutil.rmtree(former, ignore_errors=True)
+            if former != Path(self._run.dir).parent:  # W&B names them by the second
+                shutil.rmtree(former, ignore_errors=True)
         self._former.clear()
 
     def _attempt(self, consequence: str, action: Callable[[], Any]) -> bool:
