@@ -42,14 +42,15 @@ def test_a_killed_run_leaves_no_process_and_its_resume_is_the_same_wandb_run_r33
     run = subprocess.Popen(tiny.command(*sets), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 
     def tracking():
-        """Processes of the run that have started one themselves: the tracking process, once W&B is there."""
-        with contextlib.suppress(psutil.NoSuchProcess):  # some live for a moment only
-            return [child for child in psutil.Process(run.pid).children() if child.children()]
+        """The tracking process and that of W&B, once both are there."""
+        with contextlib.suppress(psutil.NoSuchProcess):  # others live for a moment only
+            for child in psutil.Process(run.pid).children():
+                if "blockllm_cli.tracking.wandb" in child.cmdline() and child.children():
+                    return [child, *child.children()]
         return []
 
-    assert wait_for(tracking)
-    left = psutil.Process(run.pid).children(recursive=True)
-    assert any("wandb-core" in process.name() for process in left)
+    left = wait_for(tracking)
+    assert "wandb-core" in [process.name() for process in left]
     assert wait_for(lambda: (tiny.newest().folder / "checkpoints" / "latest").exists())
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
