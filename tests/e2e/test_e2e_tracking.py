@@ -94,3 +94,4 @@ def test_without_key_or_network_a_run_is_the_same_and_offline_r33(tiny, environm
     assert "W&B: offline, since" in done.stdout
     (found,) = offline_runs(tiny.newest().folder)
     assert found.rows == tiny.newest().metrics
+    assert found.exit_code == 0

@@ -217,7 +217,8 @@ def _words(error: BaseException) -> str:
 def carry_out(task: Task, has_ended: threading.Event, tell: Tell) -> None:
     """Do `task`, and report."""
     with (Path(task.folder) / FOLDER / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a process that a killed run left behind may still be at its end
+        with contextlib.suppress(OSError):  # not every network file system has locks
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a process that a killed run left behind may still be at its end
         try:
             mirror = Mirror(task, tell)
         except _Unreachable as error:

@@ -21,6 +21,7 @@ def tracked(tiny, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tiny.folder))
+    monkeypatch.setattr(wandb_process, "FINISH_SECONDS", 60.0)  # on a busy machine W&B takes longer to come up
     return tiny
 
 

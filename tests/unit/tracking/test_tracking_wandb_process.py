@@ -40,8 +40,8 @@ def untracked(tmp_path_factory, tiny_corpus, tiny_tokenizer):
         ("raise:summary", PATIENT, "summary is broken"),
         ("raise:finish", PATIENT, "finish is broken"),
         ("die:log", PATIENT, "ended early, with -11"),
-        ("hang:import", 0.5, "not all was sent"),
-        ("hang:log", 0.5, "not all was sent"),
+        ("hang:import", 3.0, "not all was sent"),
+        ("hang:log", 3.0, "not all was sent"),
         ("hang:finish", 3.0, "not all was sent"),
     ],
 )
@@ -56,7 +56,7 @@ def test_a_run_does_not_depend_on_its_tracker_r33(tiny, tmp_path, monkeypatch, u
     assert len(said) == 1, result.output
     assert word in said[0]
     assert "blockllm track" in said[0]
-    assert stub.names()[0] == "import"
+    assert stub.names()[-1] == behaviour.partition(":")[2] or behaviour.startswith("raise")
     assert gone(stub.pids())
 
 
