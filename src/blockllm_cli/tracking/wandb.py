@@ -150,9 +150,9 @@ class Mirror:
         summary = _json(self._folder / SUMMARY)
         code = summary.get("exit_code", 1)  # a run without a summary was killed
         if not self._rows_failed:
+            self._attempt("the summary is not sent", lambda: self._run.summary.update(summary))
             if summary.get("status") == "completed":
                 self._attempt("the selections are not sent", lambda: self._send_selections(summary["steps"]))
-            self._attempt("the summary is not sent", lambda: self._run.summary.update(summary))
         if self._task.goes_on and summary.get("status") == "diverged":
             title, text = f"{self._task.name} diverged", summary["message"]
             self._attempt("no alert is sent", lambda: self._run.alert(title=title, text=text, level="ERROR"))
