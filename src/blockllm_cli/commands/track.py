@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from blockllm_cli.commands.options import JsonOption, SetOption
+from blockllm_cli.commands.options import JsonOption, QuietOption, RunArgument, SetOption
+from blockllm_cli.commands.output import open_terminal, print_json
 from blockllm_cli.errors import InputError, RecipeError
 
 
 def track(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run: RunArgument,
     offline: Annotated[
         bool, typer.Option("--offline", help="Write files that `wandb sync` can send; no key, no network.")
     ] = False,
     timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Give up after this long.")] = 600.0,
     set_: SetOption = None,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Send rows, recipe, summary and selections of a run to Weights & Biases; what is there already stays.
 
     Example: blockllm track runs/quickstart/RUN --set tracking.project=thesis
     """
-    from rich.console import Console
-
     from blockllm_cli.recipe.load import load_recipe
     from blockllm_cli.tracking.run_folder import RECIPE, RunFolder
-    from blockllm_cli.tracking.terminal import Terminal
     from blockllm_cli.tracking.wandb_later import send_run
 
     _check_overrides(set_ or [])
@@ -37,17 +34,16 @@ def track(
         raise InputError(f"{run} is not a folder; track takes the folder of a run")
     folder = RunFolder.existing(run)
     recipe = load_recipe(folder.path / RECIPE, overrides=set_ or []).recipe
-    # With --json, stdout carries the object alone.
-    with Terminal(Console(stderr=True, highlight=False) if as_json else None) as terminal:
-        with terminal.working("writing" if offline else "sending"):
-            done = send_run(
-                folder, recipe.run.name, recipe.tracking, offline=offline, seconds=timeout, say=terminal.record
-            )
-        if not as_json:
-            place = done["url"] or f"{done['files']} (send it with: wandb sync {done['files']})"
-            terminal.say(f"{done['rows']} rows: {place}")
-            return
-    print(json.dumps({"run": str(folder.path), **done}, indent=2))
+    with (
+        open_terminal(as_json=as_json, quiet=quiet) as terminal,
+        terminal.progress("writing the run for W&B" if offline else "sending the run to W&B"),
+    ):
+        done = send_run(folder, recipe.run.name, recipe.tracking, offline=offline, seconds=timeout, say=terminal.record)
+    if as_json:
+        print_json({"run": str(folder.path), **done})
+    else:
+        place = done["url"] or f"{done['files']} (send it with: wandb sync {done['files']})"
+        print(f"{done['rows']} rows: {place}")
 
 
 def _check_overrides(overrides: list[str]) -> None:

@@ -184,7 +184,13 @@ class _Run:
                     self._continue(folder, checkpoint)
                 # It ends with the stack: after the summary, before the folder's lock.
                 tracker = stack.enter_context(
-                    run_tracker(folder, self.recipe.run.name, self.recipe.tracking, self.terminal.say)
+                    run_tracker(
+                        folder,
+                        self.recipe.run.name,
+                        self.recipe.tracking,
+                        say=self.terminal.say,
+                        warn=self.terminal.warn,
+                    )
                 )
                 loop = self._loop(folder, checkpoint, stream, trainer, tracker)
                 loop.run()

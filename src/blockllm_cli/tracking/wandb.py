@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from blockllm_cli.tracking.run_folder import EVENTS, METRICS, PLAN, RECIPE, SUMMARY
 from blockllm_cli.tracking.wandb_choice import Mode, server_problem
 from blockllm_cli.tracking.wandb_feed import RowFeed
-from blockllm_cli.tracking.wandb_process import FOLDER, LATER, Task
+from blockllm_cli.tracking.wandb_process import FOLDER, Task, later
 
 if TYPE_CHECKING:
     import wandb
@@ -97,7 +97,7 @@ class Mirror:
             raise _Unreachable(f"cannot reach {task.server}: {problem}")
         self._tell({
             "say": f"offline, since {task.server} cannot be reached ({problem}): files in {self._folder / FOLDER}"
-            + LATER.format(self._folder)
+            + later(self._folder)
         })  # fmt: skip
         return "offline"
 

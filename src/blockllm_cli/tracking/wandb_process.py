@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import select
+import shlex
 import subprocess
 import sys
 import time
@@ -34,7 +35,6 @@ from blockllm_cli.tracking.wandb_choice import Mode, choose_mode
 
 FOLDER, RECORD, LOG = "wandb", "run.json", "tracking.log"
 FINISH_SECONDS = 8.0  # for what is left to send when a run has ended
-LATER = "; `blockllm track {}` sends the run later"
 DEFAULT_PROJECT = "blockllm"
 # They would make W&B another run, at another place, than the task says.
 _NOT_PASSED_ON = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_DIR", "WANDB_SERVICE")
@@ -84,7 +84,7 @@ class Task:
         return cls(**{**values, "tags": tuple(values["tags"])})
 
 
-def run_tracker(folder: RunFolder, name: str, tracking: Tracking, say: Say) -> Tracker:
+def run_tracker(folder: RunFolder, name: str, tracking: Tracking, *, say: Say, warn: Say) -> Tracker:
     """The tracker of a run that begins or goes on in `folder`. One line says what is done, if anything is.
 
     Args:
@@ -92,6 +92,7 @@ def run_tracker(folder: RunFolder, name: str, tracking: Tracking, say: Say) -> T
         name: `run.name`.
         tracking: the recipe's table.
         say: called with lines for the person.
+        warn: called at most once, when something goes wrong.
     """
     choice = choose_mode(tracking.wandb, os.environ)
     if choice.mode == "off":
@@ -99,16 +100,20 @@ def run_tracker(folder: RunFolder, name: str, tracking: Tracking, say: Say) -> T
             say(f"W&B: off, since {choice.reason}")
         return Tracker(None, folder.path)
     if choice.mode == "offline":
-        later = LATER.format(folder.path) if choice.reason else ""
         since = f", since {choice.reason}" if choice.reason else ""
-        say(f"W&B: offline{since}: files in {folder.path / FOLDER}{later}")
+        say(f"W&B: offline{since}: files in {folder.path / FOLDER}{later(folder.path) if choice.reason else ''}")
     probed = choice.server if tracking.wandb == "auto" else None
     try:
         task = task_of(folder, name, tracking, mode=choice.mode, server=probed, goes_on=True)
-        return Tracker.start(task, say, lambda problem: say(f"W&B: {problem}{LATER.format(folder.path)}"))
+        return Tracker.start(task, say, lambda problem: warn(f"W&B: {problem}{later(folder.path)}"))
     except (OSError, BlockLLMError) as error:
-        say(f"W&B: off, since its process cannot be started: {error}")
+        warn(f"W&B: off, since its process cannot be started: {error}")
         return Tracker(None, folder.path)
+
+
+def later(folder: Path) -> str:
+    """The way out of not being in W&B now, to be put behind a reason."""
+    return f"; `blockllm track {shlex.quote(str(folder))}` sends the run later"
 
 
 def task_of(
