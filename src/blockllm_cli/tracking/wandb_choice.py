@@ -23,6 +23,7 @@ Mode = Literal["online", "offline", "off"]
 
 PUBLIC_SERVER = "https://api.wandb.ai"
 PROBE_SECONDS = 4.0  # until the server counts as out of reach
+LOWERING_VARIABLES = ("WANDB_MODE", "WANDB_DISABLED")
 _TRUE = ("1", "true", "yes", "on")
 
 
@@ -56,8 +57,9 @@ def choose_mode(wanted: Wanted, environment: Mapping[str, str]) -> Choice:
         return Choice("off")
     settings = _settings(environment)
     server = (environment.get("WANDB_BASE_URL") or settings.get("base_url") or PUBLIC_SERVER).rstrip("/")
-    said = (environment.get("WANDB_MODE") or settings.get("mode") or "").lower()
-    if said == "disabled" or environment.get("WANDB_DISABLED", "").lower() in _TRUE:
+    mode, disabled = (environment.get(name, "") for name in LOWERING_VARIABLES)
+    said = (mode or settings.get("mode") or "").lower()
+    if said == "disabled" or disabled.lower() in _TRUE:
         # To switch W&B off like that is not to be told so at each run.
         return Choice("off", "" if wanted == "auto" else "W&B is disabled by its environment or settings", server)
     if importlib.util.find_spec("wandb") is None:

@@ -31,13 +31,13 @@ from blockllm_cli.durable import storage_errors, write_json
 from blockllm_cli.errors import BlockLLMError
 from blockllm_cli.recipe.sections import Tracking
 from blockllm_cli.tracking.run_folder import RunFolder
-from blockllm_cli.tracking.wandb_choice import Mode, choose_mode
+from blockllm_cli.tracking.wandb_choice import LOWERING_VARIABLES, Mode, choose_mode
 
 FOLDER, RECORD, LOG = "wandb", "run.json", "tracking.log"
 FINISH_SECONDS = 8.0  # for what is left to send when a run has ended
 DEFAULT_PROJECT = "blockllm"
 # They would make W&B another run, at another place, than the task says.
-_NOT_PASSED_ON = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_DIR", "WANDB_SERVICE")
+_NOT_PASSED_ON = (*LOWERING_VARIABLES, "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_DIR", "WANDB_SERVICE")
 
 
 Say = Callable[[str], None]
