@@ -198,7 +198,8 @@ def encoded(texts: Sequence[str | Ids], encoder: Encoder, should_stop: StopCheck
         if should_stop():
             raise StopRequested
         part = texts[begin : begin + _ENCODED_AT_ONCE]
-        made = iter(encoder.encode([text for text in part if isinstance(text, str)]))
+        fresh = [text for text in part if isinstance(text, str)]
+        made = iter(encoder.encode(fresh) if fresh else ())
         for text in part:
             yield next(made) if isinstance(text, str) else text.astype(np.int32)
 

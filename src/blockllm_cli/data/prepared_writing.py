@@ -58,6 +58,12 @@ Ids = npt.NDArray[np.int32]
 Made = tuple[Ids, list[int]]
 """Ids of several documents, one after the other, and how many each has."""
 
+Report = Callable[[int, int], None]
+
+
+def _no_report(documents: int, size: int) -> None:
+    pass
+
 
 class Prepared(NamedTuple):
     """What came of a shard.
@@ -92,7 +98,6 @@ class Preparation:
         encoder: the tokenizer.
         cache: folder of the cache.
         workers: processes that tokenise; 0 tokenises in this one. They are started when the first shard needs them.
-        report: told (documents, UTF-8 bytes) more that are done, often.
         should_stop: asked often.
     """
 
@@ -102,13 +107,11 @@ class Preparation:
         cache: Path,
         *,
         workers: int,
-        report: Callable[[int, int], None] = lambda documents, size: None,
         should_stop: StopCheck = never,
     ) -> None:
         self._encoder = encoder
         self._folder = tokens_folder(cache, encoder)
         self._workers = workers
-        self._report = report
         self._should_stop = should_stop
         self._pool: WorkerPool[list[str], Made] | None = None
         self._sent = 0
@@ -121,8 +124,20 @@ class Preparation:
             self._pool.kill()
             self._pool.close()
 
-    def prepare(self, shard: Shard) -> Prepared:
+    def find(self, shard: Shard) -> Entry | None:
+        """The entry of `shard` if it is there and can be used, as far as sizes tell.
+
+        Raises:
+            InputError: the shard is gone.
+        """
+        return usable_entry(self._folder / entry_name(shard_identity(shard)), shard)
+
+    def prepare(self, shard: Shard, report: Report = _no_report) -> Prepared:
         """The entry of `shard`, made if it is not there or cannot be used.
+
+        Args:
+            shard: which.
+            report: told (documents, UTF-8 bytes) more that are done, often.
 
         Raises:
             InputError: the shard cannot be read, or changed while it was.
@@ -142,7 +157,7 @@ class Preparation:
             try:
                 with storage_errors(place, "write"):
                     beside.mkdir()
-                    self._write(shard, identity, beside)
+                    self._write(shard, identity, beside, report)
                     _put(beside, place)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
@@ -151,14 +166,14 @@ class Preparation:
             raise InputError(f"{shard} is being changed while it is prepared: prepare it when it is finished")
         return Prepared(made, True)
 
-    def _write(self, shard: Shard, identity: str, folder: Path) -> None:
+    def _write(self, shard: Shard, identity: str, folder: Path, report: Report) -> None:
         before = _modified(shard)
         ids = ids_type(self._encoder.vocab_size)
         with (folder / IDS).open("wb") as ids_file, (folder / RECORDS).open("wb") as records_file:
             writer = _Writer(ids_file, records_file, ids, self._encoder.vocab_size)
             for batch, made in self._tokenised(shard):
                 writer.add(batch, made)
-                self._report(len(batch.texts), batch.bytes)
+                report(len(batch.texts), batch.bytes)
             for file in (ids_file, records_file):
                 file.flush()
                 os.fsync(file.fileno())

@@ -36,12 +36,21 @@ from blockllm_cli.data.rows import Pieces, Rows
 from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.errors import InputError
 
-__all__ = ["RowStream", "StreamSettings", "Taken", "rank_share", "rows_digest", "validation_rows"]
+__all__ = [
+    "VALIDATION_SEED",
+    "RowStream",
+    "StreamSettings",
+    "Taken",
+    "rank_share",
+    "rows_digest",
+    "validation_rows",
+]
 
 Event = dict[str, Any]
 
 _NAMED_AT_LIMIT = 3
-_VALIDATION_SEED = 0
+VALIDATION_SEED = 0
+"""Of the order of validation documents, whatever the seed of the run."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +297,7 @@ def validation_rows(
         InputError: no usable row, too many bad documents, or a file that cannot be read.
         StopRequested: `should_stop` became true.
     """
-    settings = replace(settings, seed=_VALIDATION_SEED)
+    settings = replace(settings, seed=VALIDATION_SEED)
     counts = Counts()
     parts: list[Rows] = []
     missing = tokens

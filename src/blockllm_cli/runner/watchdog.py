@@ -35,6 +35,7 @@ class Watchdog:
         self._stop = stop
         self._say = say
         self._reported: deque[Event] = deque()
+        self._noted: deque[str] = deque()
         self._events: list[Event] = []
         self._began = self._asked = float("-inf")
         self._next_word = FIRST_WORD_SECONDS
@@ -55,6 +56,15 @@ class Watchdog:
         self._hear()
         return self._stop()
 
+    def quietly(self) -> bool:
+        """Whether to stop; for work that shows its own progress, so that only the network is spoken of."""
+        self._hear()
+        return self._stop()
+
+    def note(self, line: str) -> None:
+        """Have `line` said at the next look; may be called from any thread."""
+        self._noted.append(line)
+
     def events(self) -> list[Event]:
         """What the network did since the last call."""
         self._hear()
@@ -62,6 +72,8 @@ class Watchdog:
         return events
 
     def _hear(self) -> None:
+        while self._noted:
+            self._say(f"note: {self._noted.popleft()}")
         while self._reported:
             event = self._reported.popleft()
             self._events.append(event)

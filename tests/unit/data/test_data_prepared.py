@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+from contextlib import nullcontext
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -33,9 +34,13 @@ from blockllm_cli.data.stream import validation_rows
 from blockllm_cli.errors import InputError, StopRequested, StorageError
 
 
-def prepare(corpus: Corpus, cache: Path, *, which=slice(None), tokenizer=None, **keys) -> list:
+def nothing(documents: int, size: int) -> None:
+    pass
+
+
+def prepare(corpus: Corpus, cache: Path, *, which=slice(None), tokenizer=None, report=nothing, **keys) -> list:
     with Preparation(tokenizer or WordTokenizer(), cache, **{"workers": 0, **keys}) as preparation:
-        return [preparation.prepare(shard) for shard in corpus.shards[which]]
+        return [preparation.prepare(shard, report) for shard in corpus.shards[which]]
 
 
 def found(corpus: Corpus, cache: Path, tokenizer=None, say=lambda line: None) -> PreparedShards:
@@ -322,12 +327,11 @@ def test_a_stop_leaves_nothing_of_the_shard_and_all_of_those_before(corpus, tmp_
         WordTokenizer(),
         tmp_path / "cache",
         workers=workers,
-        report=lambda documents, size: stop.append(documents),
         should_stop=lambda: len(stop) > 9,
     ) as preparation:
-        preparation.prepare(corpus.shards[0])
-        with pytest.raises(StopRequested):
-            preparation.prepare(corpus.shards[1])
+        for shard, expectation in zip(corpus.shards, (nullcontext(), pytest.raises(StopRequested)), strict=False):
+            with expectation:
+                preparation.prepare(shard, lambda documents, size: stop.append(documents))
     assert active_children() == []
     folder = tokens_folder(tmp_path / "cache", WordTokenizer())
     assert [path.name for path in folder.iterdir() if not path.name.endswith(".lock")] == [
