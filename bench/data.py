@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with *train*.json.gz")
     parser.add_argument("--documents", type=int, default=2000, help="that are read and tokenised for a rate")
     parser.add_argument("--vocab-size", type=int, default=32_000)
-    parser.add_argument("--sample-bytes", type=int, default=3_000_000, help="that tokenizers are trained on")
+    parser.add_argument("--sample-bytes", type=int, default=6_000_000, help="that tokenizers are trained on")
     parser.add_argument("--updates", type=int, default=16, help="of the 60m run; the 9m run has as many")
     options = parser.parse_args()
     corpus = Corpus(found_files("--data", str(options.data / "*train*.json.gz"))[:SHARDS])

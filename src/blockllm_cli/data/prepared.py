@@ -137,9 +137,6 @@ class PreparedShards:
     problems: Sequence[str] = ()
     say: Callable[[str], None] = lambda line: None
 
-    def __contains__(self, shard: Shard) -> bool:
-        return str(shard) in self.entries
-
     def reader(
         self, shard: Shard, start: Position | None = None, should_stop: StopCheck = never
     ) -> ShardReader | PreparedReader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from blockllm_cli.model.config import llama_config
 from blockllm_cli.recipe.sections import Recipe
 from blockllm_cli.recipe.steps import total_steps
 from blockllm_cli.runner.inputs import cache_folder, opened_corpora, opened_tokenizer, stream_settings
+from blockllm_cli.runner.machine import usable_cores
 from blockllm_cli.runner.watchdog import Watchdog
 from blockllm_cli.tracking.terminal import Terminal
 from blockllm_cli.training.signals import StopFlag
@@ -182,7 +182,7 @@ class _Preparing:
         with Preparation(
             self._tokenizer,
             cache_folder(self._recipe),
-            workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+            workers=usable_cores() if workers is None else workers,
             should_stop=self._watchdog.quietly,
         ) as preparation:
             self._cover(
@@ -219,7 +219,7 @@ class _Preparing:
         return count
 
     def _entry(self, preparation: Preparation, shard: Shard, place: str) -> Entry:
-        entry = preparation.find(shard)
+        entry, is_new = preparation.find(shard), False
         if entry is not None and self._request.check:
             try:
                 with self._terminal.working(f"checking what is prepared of {shard.name} ({place})"):
@@ -231,10 +231,8 @@ class _Preparing:
                 entry = None
         if entry is None:
             with _place_named(), _progress(self._terminal, f"preparing {shard.name} ({place})") as advance:
-                entry = preparation.prepare(shard, advance).entry
-            self._report.made.append(str(shard))
-        else:
-            self._report.found.append(str(shard))
+                entry, is_new = preparation.prepare(shard, advance)
+        (self._report.made if is_new else self._report.found).append(str(shard))
         self._report.count(shard, entry)
         return entry
 
