@@ -30,8 +30,9 @@ from blockllm_cli.data.blocks import StreamSettings, TextBlock, build_block, rea
 from blockllm_cli.data.corpus import Corpus, found_files
 from blockllm_cli.data.prepared import NOTHING_PREPARED, PreparedShards, find_prepared
 from blockllm_cli.data.prepared_writing import Preparation
+from blockllm_cli.data.stopping import never
 from blockllm_cli.data.tokenizer import Tokenizer
-from blockllm_cli.data.tokenizer_training import train_tokenizer
+from blockllm_cli.data.tokenizer_training import draw_sample, train_tokenizer
 from blockllm_cli.runner.pretrain import PretrainRequest, pretrain
 from blockllm_cli.tracking.terminal import Terminal
 
@@ -98,14 +99,8 @@ def main() -> None:
 def trained(corpus: Corpus, kind: Any, options: argparse.Namespace, folder: Path) -> Path:
     """A tokenizer of the corpus in a file."""
     path = folder / f"{kind}.model"
-    made = train_tokenizer(
-        corpus.texts(),
-        vocab_size=options.vocab_size,
-        kind=kind,
-        sample_bytes=options.sample_bytes,
-        seed=0,
-        should_stop=lambda: False,
-    )
+    sample = draw_sample(corpus.texts(), sample_bytes=options.sample_bytes, seed=0, should_stop=never)
+    made = train_tokenizer(sample, vocab_size=options.vocab_size, kind=kind, should_stop=never)
     path.write_bytes(made.model_bytes)
     return path
 

@@ -1,4 +1,4 @@
-"""Writes docs/reference/ from the code: every key of a recipe, every method. `make docs` calls it; a test compares.
+"""Writes docs/reference/ from the code: every key of a recipe, every method, every command; a test compares.
 
 python docs/build.py [--check]
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from blockllm_cli.app import COMMANDS, load_command
 from blockllm_cli.methods.registry import method_class, method_names
 from blockllm_cli.recipe.kinds import allowed
 from blockllm_cli.recipe.sections import SECTIONS
@@ -42,7 +43,7 @@ def main() -> int:
 
 def pages() -> dict[str, str]:
     """File name -> text of each reference page."""
-    return {"recipe.md": recipe_page(), "methods.md": methods_page()}
+    return {"recipe.md": recipe_page(), "methods.md": methods_page(), "commands.md": commands_page()}
 
 
 def recipe_page() -> str:
@@ -82,6 +83,38 @@ def methods_page() -> str:
             parts.append(f"| {size} | {values.learning_rate:g} | {dense} | {values.clip:g} | {values.source} |")
         parts += ["", _table(method.Options.model_fields)]
     return "\n".join(parts)
+
+
+def commands_page() -> str:
+    """All commands with their arguments and options, from the same texts as `--help`."""
+    parts = [NOTICE, "# Commands\n", "What all of them have in common stands in [the command line](../cli.md).\n"]
+    for name, entry in COMMANDS.items():
+        command = load_command(name)
+        inside = getattr(command, "commands", None)
+        parts += [f"## `blockllm {name}`\n", *([f"{entry.summary}\n"] if inside else [])]
+        for called, one in (inside or {"": command}).items():
+            full = f"blockllm {name} {called}".rstrip()
+            about, _, example = (one.help or "").partition("\n\nExample: ")
+            parts += [f"### `{full}`\n"] if called else []
+            parts += [f"{about}\n", f"```sh\n{example}\n```\n", _parameters(one.params)]
+    return "\n".join(parts)
+
+
+def _parameters(parameters: list[Any]) -> str:
+    """Arguments and options; their types are not shown, whose names change with the version of typer."""
+    lines = ["| argument or option | meaning | default |", "|---|---|---|"]
+    for parameter in parameters:
+        if parameter.param_type_name == "argument":
+            name = parameter.metavar or parameter.name.upper()
+        else:
+            name = " ".join([", ".join([*parameter.opts, *parameter.secondary_opts]), parameter.metavar or ""]).rstrip()
+        shown = "required" if parameter.required else _default(parameter.default)
+        lines.append(f"| `{_cell(name)}` | {_cell(parameter.help or '')} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(value: Any) -> str:
+    return "on" if value is True else "-" if value is None or value is False or value == "" else str(value)
 
 
 def _table(fields: dict[str, FieldInfo]) -> str:

@@ -91,17 +91,11 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentencepiece model of 300 pieces trained on the tiny corpus."""
-    from blockllm_cli.data.tokenizer_training import train_tokenizer
+    from blockllm_cli.data.tokenizer_training import draw_sample, train_tokenizer
 
     lines = (tiny_corpus / "train-0.jsonl").read_text(encoding="utf-8").splitlines()
-    trained = train_tokenizer(
-        (json.loads(line)["text"] for line in lines),
-        vocab_size=300,
-        kind="bpe",
-        sample_bytes=1_000_000,
-        seed=0,
-        should_stop=lambda: False,
-    )
+    sample = draw_sample((json.loads(line)["text"] for line in lines), sample_bytes=1_000_000, seed=0)
+    trained = train_tokenizer(sample, vocab_size=300, kind="bpe")
     path = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
     path.write_bytes(trained.model_bytes)
     return path

@@ -5,6 +5,7 @@ Commands are loaded when they are called, so that `blockllm --help` imports none
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -120,12 +121,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # program has one of the cores an update then takes many times as long. This many turns cost nothing on idle
     # cores (measured); not to spin at all cost a quarter of the speed there.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale without the character of a prompt is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = typer.main.get_command(app).main(
             args=list(sys.argv[1:] if arguments is None else arguments), prog_name="blockllm", standalone_mode=False
         )
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
+        if status == INTERRUPT_STATUS:  # what some versions of typer make of a KeyboardInterrupt
+            return _say("interrupted", INTERRUPT_STATUS)
         return status if isinstance(status, int) else ExitCode.OK
     except InterruptedRunError as error:
         return _say(f"interrupted: {error}", error.status)
@@ -146,7 +151,9 @@ def _reader_gone() -> int:
 
 
 def _say(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
+    from blockllm_cli.tracking.plain import printable
+
+    print(printable(message), file=sys.stderr)
     return int(status)
 
 

@@ -133,7 +133,8 @@ class TinyRuns:
         request = PretrainRequest(
             str(self.recipe), list(overrides), method, None if resume is None else str(resume), stop_after
         )
-        with Terminal(Console(file=printed, width=200, highlight=False)) as terminal:
+        console = Console(file=printed, width=200, highlight=False)
+        with Terminal(console, warnings=console) as terminal:
             folder = pretrain(request, terminal)
         return Result(folder, printed.getvalue())
 

@@ -137,12 +137,15 @@ def test_a_bug_shows_where_it_happened_and_no_values(command, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, typer.Abort])
-def test_an_interrupt_that_nothing_caught_ends_with_130(command, raised: type[BaseException]) -> None:
+def test_an_interrupt_that_nothing_caught_ends_with_130(
+    command, capsys: pytest.CaptureFixture[str], raised: type[BaseException]
+) -> None:
     def fail() -> None:
         raise raised
 
     command(fail)
     assert app.main(["probe"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_command_that_ends_early_keeps_its_code(command) -> None:
@@ -185,6 +188,25 @@ def test_a_reader_that_goes_away_is_no_error(lines: int, tmp_path: Path) -> None
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_locale_without_the_character_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text('[run]\nname = "Größe"\n', encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "blockllm_cli", "recipes", "show", "own.toml"],
+        capture_output=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"Gr\\xf6\\xdfe" in done.stdout
+
+
+def test_an_error_cannot_move_the_cursor(command, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise InputError("file \x1b[2J\rname\nsecond line")
+
+    command(fail)
+    assert app.main(["probe"]) == 3
+    assert capsys.readouterr().err == "error: file \\x1b[2J\\rname\nsecond line\n"
 
 
 def test_the_module_is_the_command() -> None:

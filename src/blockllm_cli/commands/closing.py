@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
-from blockllm_cli.tracking.run_folder import RunFolder
+from blockllm_cli.tracking.run_folder import RECIPE, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
 from blockllm_cli.units import format_bytes, format_count, format_seconds
 
@@ -49,9 +50,10 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _next_steps(folder: Path, summary: dict[str, Any]) -> list[str]:
     if summary["status"] == "stopped":
-        return [f"next: blockllm pretrain --resume {folder}"]
-    lines = [f'next: blockllm generate {folder} --prompt "The"']
+        return [f"next: {RunFolder(folder).resume_command}"]
+    lines = [f'next: blockllm generate {shlex.quote(str(folder))} --prompt "The"']
     if summary["method"] != "frozen":
-        control = f"blockllm pretrain {folder}/recipe.toml --method frozen --name {summary['name']}-frozen"
+        recipe = shlex.quote(str(folder / RECIPE))
+        control = f"blockllm pretrain {recipe} --method frozen --name {summary['name']}-frozen"
         lines.append(f"      {control}   (what training no matrix gives)")
     return lines

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockllm_cli.commands.options import JsonOption, SetOption
+from blockllm_cli.commands import completion
+from blockllm_cli.commands.options import JsonOption, QuietOption, SetOption
+from blockllm_cli.commands.output import open_terminal, print_json
 from blockllm_cli.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from blockllm_cli.runner.inspecting import BlockView, ShownRow, Stretch
     from blockllm_cli.runner.preparing import PrepareReport
-    from blockllm_cli.tracking.terminal import Terminal
 
 app = typer.Typer(
     help="Tokenise the data of a recipe ahead of its runs, and look at the rows it makes of them.\n\n"
@@ -24,7 +24,10 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[
-    str, typer.Argument(help="Recipe file, or the name of one that `blockllm recipes list` lists.")
+    str,
+    typer.Argument(
+        help="Recipe file, or the name of one that `blockllm recipes list` lists.", autocompletion=completion.recipes
+    ),
 ]
 
 _BAD_SHOWN = 10
@@ -41,6 +44,7 @@ def prepare(
     check: Annotated[
         bool, typer.Option("--check", help="Read what is prepared already, compare hashes, make anew what is damaged.")
     ] = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Tokenise the shards that a run will read; the run then reads token ids in place of text.
@@ -53,14 +57,16 @@ def prepare(
     from blockllm_cli.runner.preparing import PrepareRequest, prepare_data
 
     request = PrepareRequest(recipe, set_ or [], workers, everything, check)
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json=as_json, quiet=quiet) as terminal:
         report = prepare_data(request, terminal)
         if not as_json:
             terminal.table(f"prepared for {recipe}", _prepared(report))
             for line in _bad(report.bad):
                 terminal.say(line)
     if as_json:
-        print(json.dumps(report.as_json(), indent=2))
+        print_json(report.as_json())
+    elif quiet:
+        print(f"{len(report.made)} shards made, {len(report.found)} found  ({report.folder})")
 
 
 @app.command("inspect")
@@ -70,6 +76,7 @@ def inspect(
     rows: Annotated[int, typer.Option(min=0, help="How many rows are shown.")] = 4,
     epoch: Annotated[int, typer.Option(min=0, help="Pass over the data, from 0.")] = 0,
     block: Annotated[int, typer.Option(min=0, help="Block of that pass, from 0.")] = 0,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show rows as text, with the borders of documents, and count what a block is made of.
@@ -78,27 +85,20 @@ def inspect(
     """
     from blockllm_cli.runner.inspecting import inspect_data
 
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json=as_json, quiet=quiet) as terminal:
         view = inspect_data(recipe, overrides=set_ or [], epoch=epoch, block=block, rows=rows, terminal=terminal)
-        if not as_json:
-            for row in view.shown:
-                for line in _row(row):
-                    terminal.say(line)
-            last = ", the last" if view.is_last else ""
-            terminal.table(f"block {view.block} of epoch {view.epoch}{last}", _counts(view))
-            for line in _bad(view.bad):
-                terminal.say(line)
     if as_json:
-        print(json.dumps(view.as_json(), indent=2))
+        print_json(view.as_json())
+        return
+    print("\n".join(_page(view)))
 
 
-def _terminal(as_json: bool) -> Terminal:
-    """With --json, stdout carries the object alone."""
-    from rich.console import Console
-
-    from blockllm_cli.tracking.terminal import Terminal
-
-    return Terminal(Console(stderr=True, highlight=False) if as_json else None)
+def _page(view: BlockView) -> list[str]:
+    lines = [line for row in view.shown for line in _row(row)]
+    counts = _counts(view)
+    width = max(len(name) for name, _ in counts)
+    lines.append(f"block {view.block} of epoch {view.epoch}{', the last' if view.is_last else ''}")
+    return [*lines, *(f"  {name:<{width}}  {value}" for name, value in counts), *_bad(view.bad)]
 
 
 def _prepared(report: PrepareReport) -> list[tuple[str, str]]:

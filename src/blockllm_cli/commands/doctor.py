@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from blockllm_cli.commands.options import JsonOption
+from blockllm_cli.commands.output import print_json
 from blockllm_cli.units import format_bytes
 
 
@@ -28,7 +28,10 @@ def doctor(
     from blockllm_cli.commands.diagnosis import diagnose
 
     found = diagnose(output, network=network)
-    print(json.dumps(found, indent=2) if as_json else _page(found))
+    if as_json:
+        print_json(found)
+    else:
+        print(_page(found))
 
 
 def _page(found: dict[str, Any]) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockllm_cli.commands.options import JsonOption
+from blockllm_cli.commands.options import JsonOption, RunArgument
+from blockllm_cli.commands.output import print_json
 from blockllm_cli.errors import InputError
 from blockllm_cli.units import format_count
 
@@ -30,7 +31,7 @@ COLOURS = ("bright_black", "blue", "cyan", "green", "bright_yellow")
 
 
 def inspect(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run: RunArgument,
     as_json: JsonOption = False,
     blocks: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Show the N blocks that were selected most; absent: all.")
@@ -44,11 +45,11 @@ def inspect(
 
     folder, name, table = _open(run)
     if as_json:
-        print(json.dumps({"run": str(folder.path), "method": name, **plain(table)}, indent=2, allow_nan=False))
+        print_json({"run": str(folder.path), "method": name, **plain(table)})
         return
-    from rich.console import Console
+    from blockllm_cli.tracking.consoles import output_console
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = output_console()
     for line in _page(folder, name, table, blocks, min(WIDTH, console.width), is_plain=console.options.ascii_only):
         console.print(line, markup=False)
 

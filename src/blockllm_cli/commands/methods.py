@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from blockllm_cli.commands.options import JsonOption
+from blockllm_cli.commands import completion
+from blockllm_cli.commands.options import JsonOption, QuietOption
+from blockllm_cli.commands.output import print_json
 from blockllm_cli.errors import GuardError, RecipeError
 
 if TYPE_CHECKING:
@@ -23,9 +25,14 @@ class _ShowGroup(TyperGroup):
     """A group whose command `show` need not be named: `methods`, `methods NAME`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put `show` before arguments that name no command."""
-        named = args and args[0] in (*self.commands, *ctx.help_option_names)
+        """Put `show` before arguments that name no command, except where a shell asks what could come first."""
+        named = args[0] in (*self.commands, *ctx.help_option_names) if args else ctx.resilient_parsing
         return super().parse_args(ctx, list(args) if named else [SHOW, *args])
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """The commands, and the names that `show` takes."""
+        offers = super().shell_complete(ctx, incomplete)
+        return offers + self.commands[SHOW].params[0].shell_complete(ctx, incomplete)
 
 
 app = typer.Typer(
@@ -38,7 +45,10 @@ app = typer.Typer(
 
 @app.command(SHOW)
 def show(
-    name: Annotated[str | None, typer.Argument(help="Method to describe; all are listed if left out.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Method to describe; all are listed if left out.", autocompletion=completion.methods),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the training methods, or describe one; the word `show` can be left out.
@@ -50,7 +60,7 @@ def show(
     names = method_names() if name is None else [name]
     described = {known: _describe(method_class(known)) for known in names}
     if as_json:
-        print(json.dumps(list(described.values()) if name is None else described[name], indent=2))
+        print_json(list(described.values()) if name is None else described[name])
     elif name is None:
         print(_list(described))
     else:
@@ -59,11 +69,14 @@ def show(
 
 @app.command("check")
 def check(
-    name: Annotated[str, typer.Argument(help="Method to check, of this package or of another.")],
+    name: Annotated[
+        str, typer.Argument(help="Method to check, of this package or of another.", autocompletion=completion.methods)
+    ],
     option: Annotated[
         list[str] | None,
         typer.Option("--option", metavar="KEY=VALUE", help="Set one option of the method; repeat for more."),
     ] = None,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check on a tiny model that a method keeps the contract: under a minute, no data, no network.
@@ -80,9 +93,15 @@ def check(
     method = method_class(name)
     options = _parsed(method, option or [])
     torch.set_num_threads(1)  # the tensors are so small that a second thread only costs time
-    results = run_suite(method, options, (lambda result: None) if as_json else _print_result)
+    narrated = sys.stderr if as_json else sys.stdout
+
+    def tell(result: Result) -> None:
+        if not quiet or result.status == "failed":
+            _print_result(result, narrated)
+
+    results = run_suite(method, options, tell)
     if as_json:
-        print(json.dumps([vars(result) for result in results], indent=2))
+        print_json([vars(result) for result in results])
     failed = [result for result in results if result.status == "failed"]
     if failed:
         raise GuardError(f"method {name} does not keep {len(failed)} of {len(results)} promises of the contract")
@@ -110,11 +129,11 @@ def _parsed(method: type[Method], texts: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _print_result(result: Result) -> None:
+def _print_result(result: Result, stream: TextIO) -> None:
     words = {"passed": "ok", "failed": "FAILED", "not applicable": "-"}
-    print(f"{words[result.status]:<7} {result.title}  ({result.seconds:.1f} s)", flush=True)
+    print(f"{words[result.status]:<7} {result.title}  ({result.seconds:.1f} s)", file=stream, flush=True)
     if result.message:
-        print(f"        {result.message}", flush=True)
+        print(f"        {result.message}", file=stream, flush=True)
 
 
 def _describe(method: type[Method]) -> dict[str, Any]:

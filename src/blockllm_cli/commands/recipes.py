@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import tomllib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from blockllm_cli.commands import completion
 from blockllm_cli.commands.options import JsonOption
+from blockllm_cli.commands.output import print_json
 from blockllm_cli.errors import RecipeError, StorageError
 
 app = typer.Typer(
@@ -18,7 +20,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe, such as c4/60m.")]
+NameArgument = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="Name of a recipe, such as c4/60m.", autocompletion=completion.recipes),
+]
 
 
 @app.command("list")
@@ -31,7 +36,7 @@ def list_recipes(as_json: JsonOption = False) -> None:
 
     summaries = {name: summary_of(name) for name in shipped_names()}
     if as_json:
-        print(json.dumps([{"name": name, "summary": summary} for name, summary in summaries.items()], indent=2))
+        print_json([{"name": name, "summary": summary} for name, summary in summaries.items()])
         return
     width = max(map(len, summaries))
     for name, summary in summaries.items():
@@ -42,6 +47,7 @@ def list_recipes(as_json: JsonOption = False) -> None:
 def show(
     name: NameArgument,
     resolved: Annotated[bool, typer.Option("--resolved", help="Fill in every value that it leaves out.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Print a recipe, with the files that it extends written into it.
 
@@ -51,14 +57,19 @@ def show(
     from blockllm_cli.recipe.flatten import flattened
 
     path = find_recipe(name)
-    if not resolved:
-        print(flattened(path), end="")
-        return
+    text = _resolved(path) if resolved else flattened(path)
+    if as_json:
+        print_json({"name": name, "recipe": tomllib.loads(text)})
+    else:
+        print(text, end="")
+
+
+def _resolved(path: Path) -> str:
     from blockllm_cli.methods.resolve import resolve_recipe
     from blockllm_cli.recipe.dump import dump_recipe
 
     result = resolve_recipe(path)
-    print(dump_recipe(result.recipe, result.comments), end="")
+    return dump_recipe(result.recipe, result.comments)
 
 
 @app.command("copy")

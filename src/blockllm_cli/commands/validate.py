@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from blockllm_cli.commands import completion
 from blockllm_cli.commands.options import JsonOption, MethodOption, SetOption
+from blockllm_cli.commands.output import print_json
 
 if TYPE_CHECKING:
     from blockllm_cli.methods.resolve import Resolved
 
 
 def validate(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of one that `blockllm recipes list` lists.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Recipe file, or the name of one that `blockllm recipes list` lists.",
+            autocompletion=completion.recipes,
+        ),
+    ],
     method: MethodOption = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
@@ -27,7 +34,10 @@ def validate(
     from blockllm_cli.methods.resolve import resolve_recipe
 
     report = _report(resolve_recipe(recipe, overrides=set_ or [], method=method))
-    print(json.dumps(report, indent=2) if as_json else _text(report))
+    if as_json:
+        print_json(report)
+    else:
+        print(_text(report))
 
 
 def _report(resolved: Resolved) -> dict[str, Any]:

@@ -20,12 +20,12 @@ import re
 import sysconfig
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from blockllm_cli.data.cache import default_cache_dir
-from blockllm_cli.data.stopping import StopCheck, never
+from blockllm_cli.data.stopping import Progress, StopCheck, never, unheard
 from blockllm_cli.durable import write_bytes, write_json
 from blockllm_cli.errors import InputError, StopRequested, StorageError
 
@@ -86,7 +86,7 @@ class BuiltinCorpus:
 def builtin_corpus(
     cache_dir: Path | None = None,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = unheard,
     should_stop: StopCheck = never,
 ) -> BuiltinCorpus:
     """The builtin corpus, from the cache if it was harvested before from these package versions.
@@ -111,7 +111,7 @@ def builtin_corpus(
     path = folder / f"{hashlib.sha256(identity).hexdigest()[:16]}.jsonl.gz"
     if (kept := _from_cache(path, versions)) is not None:
         return kept
-    documents = harvest(sources, progress or (lambda done, total: None), should_stop)
+    documents = harvest(sources, progress, should_stop)
     if not documents:
         raise InputError(
             "the builtin corpus is empty: Python and its packages are installed here without their source files; "
@@ -165,9 +165,7 @@ def installed_sources() -> list[Source]:
     return sources
 
 
-def harvest(
-    sources: Sequence[Source], progress: Callable[[int, int], None], should_stop: StopCheck
-) -> list[tuple[str, str]]:
+def harvest(sources: Sequence[Source], progress: Progress, should_stop: StopCheck) -> list[tuple[str, str]]:
     """(name, text) of every module with prose; a text is its paragraphs, one a line, no paragraph twice anywhere.
 
     The order is that of a hash of the module's name, which mixes the sources.

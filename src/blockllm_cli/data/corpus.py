@@ -16,7 +16,7 @@ from blockllm_cli.data.hub_corpus import hub_shards
 from blockllm_cli.data.reader import ShardReader
 from blockllm_cli.data.records import Document
 from blockllm_cli.data.shards import Shard, shard_identity
-from blockllm_cli.data.stopping import StopCheck, never
+from blockllm_cli.data.stopping import Progress, StopCheck, never, unheard
 from blockllm_cli.errors import InputError, RecipeError
 from blockllm_cli.hub.link import Link
 
@@ -99,6 +99,7 @@ def open_corpora(
     link: Link | None = None,
     say: Callable[[str], None] = lambda _: None,
     should_stop: StopCheck = never,
+    progress: Progress = unheard,
 ) -> Corpora:
     """Find the files that `[data]` names; nothing is read of them, except that the builtin corpus is gathered once.
 
@@ -108,6 +109,7 @@ def open_corpora(
         link: to the hub, for corpora that are there; None: one that nobody watches.
         say: told of what a user should know.
         should_stop: asked while the builtin corpus is gathered or a hub is waited for.
+        progress: told how many source files of how many have been read for the builtin corpus.
 
     Raises:
         InputError: a pattern names no file, or the hub does not give the list of its files.
@@ -123,7 +125,7 @@ def open_corpora(
                     f'{key} names files, which data.corpus = "builtin" does not read: set data.corpus = "files", or '
                     f"leave {key} out"
                 )
-        return _sides((builtin_corpus(cache, should_stop=should_stop).path,), ())
+        return _sides((builtin_corpus(cache, should_stop=should_stop, progress=progress).path,), ())
     if data.corpus == "files":
         if not data.train:
             raise RecipeError('data.corpus = "files" needs data.train, such as data.train = "folder/*.json.gz"')

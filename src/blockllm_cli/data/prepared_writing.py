@@ -58,10 +58,10 @@ Ids = npt.NDArray[np.int32]
 Made = tuple[Ids, list[int]]
 """Ids of several documents, one after the other, and how many each has."""
 
-Report = Callable[[int, int], None]
+Report = Callable[[int], None]
 
 
-def _no_report(documents: int, size: int) -> None:
+def _unheard(documents: int) -> None:
     pass
 
 
@@ -132,12 +132,12 @@ class Preparation:
         """
         return usable_entry(self._folder / entry_name(shard_identity(shard)), shard)
 
-    def prepare(self, shard: Shard, report: Report = _no_report) -> Prepared:
+    def prepare(self, shard: Shard, report: Report = _unheard) -> Prepared:
         """The entry of `shard`, made if it is not there or cannot be used.
 
         Args:
             shard: which.
-            report: told (documents, UTF-8 bytes) more that are done, often.
+            report: told how many more documents are done, often.
 
         Raises:
             InputError: the shard cannot be read, or changed while it was.
@@ -173,7 +173,7 @@ class Preparation:
             writer = _Writer(ids_file, records_file, ids, self._encoder.vocab_size)
             for batch, made in self._tokenised(shard):
                 writer.add(batch, made)
-                report(len(batch.texts), batch.bytes)
+                report(len(batch.texts))
             for file in (ids_file, records_file):
                 file.flush()
                 os.fsync(file.fileno())

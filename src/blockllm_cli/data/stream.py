@@ -33,7 +33,7 @@ from blockllm_cli.data.corpus import Corpus
 from blockllm_cli.data.prefetch import BlockSource
 from blockllm_cli.data.prepared import NOTHING_PREPARED, PreparedShards
 from blockllm_cli.data.rows import Pieces, Rows
-from blockllm_cli.data.stopping import StopCheck, never
+from blockllm_cli.data.stopping import Progress, StopCheck, never, unheard
 from blockllm_cli.errors import InputError
 
 __all__ = [
@@ -278,6 +278,7 @@ def validation_rows(
     report: Callable[[Event], None] | None = None,
     should_stop: StopCheck = never,
     prepared: PreparedShards = NOTHING_PREPARED,
+    progress: Progress = unheard,
 ) -> Rows:
     """The fixed rows of a run's evaluations: the first ones of `corpus` that together have `tokens` targets, or all.
 
@@ -292,6 +293,7 @@ def validation_rows(
             `validation_short` (targets, wanted) where the corpus has fewer.
         should_stop: asked every few documents.
         prepared: shards whose ids are read in place of their text.
+        progress: told the targets so far, of `tokens`.
 
     Raises:
         InputError: no usable row, too many bad documents, or a file that cannot be read.
@@ -302,7 +304,7 @@ def validation_rows(
     parts: list[Rows] = []
     missing = tokens
     for block in read_blocks(corpus, settings=settings, prepared=prepared, should_stop=should_stop):
-        built = _built_up_to(missing, block, tokenizer, settings, should_stop)
+        built = _built_up_to(missing, block, tokenizer, settings, should_stop, _from(tokens - missing, progress))
         counts.add(block, built)
         _check_bad(block, counts, settings)
         if report is not None and corpus.part == "all":
@@ -327,8 +329,18 @@ def rows_digest(previous: bytes, rows: Rows) -> bytes:
     return hashlib.sha256(previous + rows.pieces.astype("<i4").tobytes()).digest()
 
 
+def _from(begin: int, progress: Progress) -> Progress:
+    """Tells `progress` what is done from `begin` on."""
+    return lambda done, total: progress(begin + done, None if total is None else begin + total)
+
+
 def _built_up_to(
-    tokens: int, block: TextBlock, encoder: Encoder, settings: StreamSettings, should_stop: StopCheck
+    tokens: int,
+    block: TextBlock,
+    encoder: Encoder,
+    settings: StreamSettings,
+    should_stop: StopCheck,
+    progress: Progress,
 ) -> BuiltBlock:
     """The rows of `block` that `build_block` makes, or the first of them if these have at least `tokens` targets."""
     order = document_order(len(block.texts), settings.seed, block.epoch, block.index)
@@ -338,6 +350,7 @@ def _built_up_to(
     for document in encoded([block.texts[i] for i in order], encoder, should_stop):
         documents.append(document)
         targets += min(len(document), length - 1) if settings.layout == "truncate" else len(document) + 1
+        progress(min(targets, tokens), tokens)
         # A row more than is wanted: the last row of what is laid out may lack the documents that are left away.
         if targets >= tokens + length:
             break

@@ -22,11 +22,12 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from blockllm_cli.data.stopping import Progress, StopCheck, never, unheard
 from blockllm_cli.durable import storage_errors
 from blockllm_cli.errors import InputError, StopRequested
 from blockllm_cli.units import format_bytes
@@ -69,17 +70,26 @@ class TrainedTokenizer:
 
 @dataclass(frozen=True)
 class Sample:
-    """Texts to train on, in the order of the corpus, and the counts of `TrainedTokenizer.report`."""
+    """Texts to train on, in the order of the corpus, and what `TrainedTokenizer.report` says of them."""
 
     texts: list[str]
     counts: dict[str, Any]
 
 
-def draw_sample(texts: Iterable[str], *, sample_bytes: int, seed: int, should_stop: Callable[[], bool]) -> Sample:
+def draw_sample(
+    texts: Iterable[str], *, sample_bytes: int, seed: int, should_stop: StopCheck = never, progress: Progress = unheard
+) -> Sample:
     """Choose documents at random until their UTF-8 text is `sample_bytes`; the last one chosen is cut to fit.
 
     Document i gets the key hash(seed, i), and those of smallest keys are taken: a uniform draw without replacement that
     one pass over the corpus gives, in memory for the sample and one document.
+
+    Args:
+        texts: documents of the corpus in a fixed order; read until `SCAN_FACTOR` times `sample_bytes` have been seen.
+        sample_bytes: UTF-8 bytes of text to train on, at most.
+        seed: of the draw.
+        should_stop: looked at before every document.
+        progress: told the bytes read; how many there will be is not known.
 
     Raises:
         StopRequested: `should_stop` became true.
@@ -93,6 +103,7 @@ def draw_sample(texts: Iterable[str], *, sample_bytes: int, seed: int, should_st
             raise StopRequested
         content = text.encode("utf-8", errors="replace")
         seen, seen_bytes = seen + 1, seen_bytes + len(content)
+        progress(seen_bytes, None)
         key = int.from_bytes(hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest())
         heapq.heappush(chosen, (-key, index, content))
         held += len(content)
@@ -108,6 +119,8 @@ def draw_sample(texts: Iterable[str], *, sample_bytes: int, seed: int, should_st
         documents_cut = 1
     used = [content.decode("utf-8", errors="ignore") for _, _, content in sorted(chosen, key=lambda item: item[1])]
     counts = {
+        "seed": seed,
+        "sample_bytes": sample_bytes,
         "documents_seen": seen,
         "bytes_seen": seen_bytes,
         "corpus_exhausted": exhausted,
@@ -136,32 +149,20 @@ def lines_of(text: str) -> Iterator[list[str]]:
             yield pieces
 
 
-def train_tokenizer(
-    texts: Iterable[str],
-    *,
-    vocab_size: int,
-    kind: Kind,
-    sample_bytes: int,
-    seed: int,
-    should_stop: Callable[[], bool],
-) -> TrainedTokenizer:
-    """Train a sentencepiece model with byte fallback on a sample of `texts`.
+def train_tokenizer(sample: Sample, *, vocab_size: int, kind: Kind, should_stop: StopCheck = never) -> TrainedTokenizer:
+    """Train a sentencepiece model with byte fallback.
 
     Args:
-        texts: documents of the corpus in a fixed order; read until the sample is drawn (see `draw_sample`).
+        sample: what `draw_sample` gave.
         vocab_size: pieces wanted, unk, bos, eos (ids 0, 1, 2) and 256 bytes among them.
         kind: the model's family.
-        sample_bytes: UTF-8 bytes of text to train on, at most.
-        seed: of the sample.
-        should_stop: looked at before every document and 20 times a second while training runs.
+        should_stop: looked at 20 times a second.
 
     Raises:
         InputError: there is no text, or it does not give `vocab_size` pieces, or the training process was killed.
         StopRequested: `should_stop` became true; the training process is gone.
         StorageError: the temporary folder is full.
     """
-    sample = draw_sample(texts, sample_bytes=sample_bytes, seed=seed, should_stop=should_stop)
-    asked = {"kind": kind, "vocab_size": vocab_size, "seed": seed, "sample_bytes": sample_bytes}
     with tempfile.TemporaryDirectory(prefix="blockllm-tokenizer-") as name:
         folder = Path(name)
         lines = lines_cut = 0
@@ -178,12 +179,12 @@ def train_tokenizer(
                 f"no text to train a tokenizer on: {sample.counts['documents_seen']} documents were read and the "
                 'sample is empty; check data.train, or set tokenizer.source = "file"'
             )
-        report = asked | sample.counts | {"lines_cut": lines_cut}
+        report = {"kind": kind, "vocab_size": vocab_size} | sample.counts | {"lines_cut": lines_cut}
         _run_child(folder, report, should_stop)
         return TrainedTokenizer((folder / "tokenizer.model").read_bytes(), report)
 
 
-def _run_child(folder: Path, report: dict[str, Any], should_stop: Callable[[], bool]) -> None:
+def _run_child(folder: Path, report: dict[str, Any], should_stop: StopCheck) -> None:
     """Train on `folder`/sample.txt in another process; it leaves tokenizer.model there, or problem.json.
 
     Raises:

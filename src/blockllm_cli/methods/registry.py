@@ -1,4 +1,7 @@
-"""Which methods there are. A method's name is that of its file or folder here, or of an entry point elsewhere."""
+"""Which methods there are. A method's name is that of its file or folder here, or of an entry point elsewhere.
+
+Only a method's class needs torch: a shell that completes a name must not wait for that.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blockllm_cli.errors import RecipeError
-from blockllm_cli.methods.base import Method
 from blockllm_cli.recipe.names import nearest
+
+if TYPE_CHECKING:
+    from blockllm_cli.methods.base import Method
 
 GROUP = "blockllm.methods"
 """Entry-point group in which other packages name their methods: `name = "package.module:Class"`."""
@@ -78,6 +84,8 @@ def _owner(point: EntryPoint) -> str:
 
 
 def _load(point: EntryPoint) -> type[Method]:
+    from blockllm_cli.methods.base import Method
+
     try:
         loaded = point.load()
     except Exception as error:  # whatever a foreign package raises, the user needs to know which one it was
@@ -99,6 +107,8 @@ def _only_method(module_name: str) -> type[Method]:
 
 
 def _methods_defined_in(module_name: str, values: Iterable[object]) -> Iterable[type[Method]]:
+    from blockllm_cli.methods.base import Method
+
     for value in values:
         if (
             inspect.isclass(value)

@@ -36,6 +36,6 @@ class DataWait:
         self._has_warned = True
         share = f"{waited / (waited + trained):.0%}".replace("%", " %")
         return (
-            f"warning: {share} of the training time so far went into waiting for data; tokenise them once with "
+            f"{share} of the training time so far went into waiting for data; tokenise them once with "
             f"`blockllm data prepare RECIPE`, or raise data.workers (now {self._workers})"
         )

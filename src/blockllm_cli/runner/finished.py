@@ -114,7 +114,9 @@ def evaluate_run(
         BlockLLMError: the run or the data cannot be used.
         InterruptedRunError: a signal stopped it.
     """
-    with StopFlag() as stop, opened_run(path, step=step, overrides=overrides) as run:
+    with StopFlag(terminal) as stop, contextlib.ExitStack() as stack:
+        with terminal.progress("loading the model"):
+            run = stack.enter_context(opened_run(path, step=step, overrides=overrides))
         try:
             return _evaluate(run, terminal, stop)
         except StopRequested as error:
@@ -126,8 +128,8 @@ def _evaluate(run: OpenedRun, terminal: Terminal, should_stop: Callable[[], bool
     watchdog = Watchdog(should_stop, terminal.say, run.resolved.recipe.data.retry_seconds)
     inputs = prepare_inputs(run.resolved, run.folder, terminal, watchdog)
     evaluator = evaluator_for(run.resolved.recipe, inputs.validation, run.device)
-    with terminal.working("evaluating"):
-        evaluation = evaluator.evaluate(run.model, should_stop)
+    with terminal.progress("evaluating", total=len(evaluator.rows), unit="rows") as step:
+        evaluation = evaluator.evaluate(run.model, should_stop, step.update)
     return run, evaluation, inputs.validation_sha256
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from blockllm_cli.data.rows import Rows
 from blockllm_cli.data.stream import StreamSettings, rows_digest, validation_rows
 from blockllm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from blockllm_cli.data.tokenizer_cache import keep_tokenizer, kept_tokenizer, tokenizer_place
-from blockllm_cli.data.tokenizer_training import train_tokenizer
+from blockllm_cli.data.tokenizer_training import TrainedTokenizer, draw_sample, train_tokenizer
 from blockllm_cli.errors import StorageError
 from blockllm_cli.hub.shards import HubShard
 from blockllm_cli.methods.resolve import Resolved
@@ -26,12 +25,14 @@ from blockllm_cli.tracking.run_folder import TOKENIZER, RunFolder
 from blockllm_cli.tracking.terminal import Terminal
 
 _OPENING = {
-    "builtin": "opening the builtin corpus (documentation of Python and of the packages installed)",
+    "builtin": "reading the builtin corpus",
+    "files": "finding the files of the corpus",
     "c4": "asking the hub for the files of C4",
     "hub": "asking the hub for the files of the dataset",
 }
 
 _PROBLEMS_SHOWN = 3
+_SAMPLE_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def prepare_inputs(resolved: Resolved, folder: RunFolder | None, terminal: Termi
     tokenizer = opened_tokenizer(recipe, corpora, folder, terminal, watchdog)
     config = llama_config(recipe.model, tokenizer_vocab_size=tokenizer.vocab_size, error=resolved.loaded.error)
     settings = stream_settings(recipe)
-    prepared = prepared_shards(recipe, corpora, tokenizer, terminal, watchdog)
+    prepared = prepared_shards(recipe, corpora, tokenizer, terminal)
     notices = _origin(corpora.train)
-    with terminal.working("tokenising the validation set"):
+    with terminal.progress("tokenising the validation set", total=recipe.evaluate.tokens, unit="targets") as step:
         rows = validation_rows(
             corpora.validation,
             tokenizer,
@@ -89,6 +90,7 @@ def prepare_inputs(resolved: Resolved, folder: RunFolder | None, terminal: Termi
             report=notices.append,
             should_stop=watchdog,
             prepared=prepared,
+            progress=step.update,
         )
     digest = rows_digest(b"", rows).hex()
     targets = int(rows.targets_per_row().sum())
@@ -122,20 +124,20 @@ def opened_corpora(resolved: Resolved, terminal: Terminal, watchdog: Watchdog) -
     """The two sides of the recipe's data; see `prepare_inputs`."""
     data = resolved.recipe.data
     cache = cache_folder(resolved.recipe)
-    with terminal.working(_OPENING[data.corpus]) if data.corpus in _OPENING else nullcontext():
-        return open_corpora(data, cache=cache, link=watchdog.link, say=terminal.say, should_stop=watchdog)
+    with terminal.progress(_OPENING[data.corpus], unit="source files" if data.corpus == "builtin" else "") as step:
+        return open_corpora(
+            data, cache=cache, link=watchdog.link, say=terminal.say, should_stop=watchdog, progress=step.update
+        )
 
 
-def prepared_shards(
-    recipe: Recipe, corpora: Corpora, tokenizer: Tokenizer, terminal: Terminal, watchdog: Watchdog
-) -> PreparedShards:
+def prepared_shards(recipe: Recipe, corpora: Corpora, tokenizer: Tokenizer, terminal: Terminal) -> PreparedShards:
     """The shards that `blockllm data prepare` has tokenised, and a line about them; no network is needed."""
     shards = list(dict.fromkeys([*corpora.train.shards, *corpora.validation.shards]))
-    prepared = find_prepared(shards, tokenizer, cache_folder(recipe), watchdog.note)
+    prepared = find_prepared(shards, tokenizer, cache_folder(recipe), terminal.warn)
     for problem in prepared.problems[:_PROBLEMS_SHOWN]:
-        terminal.say(f"note: {problem}")
+        terminal.warn(problem)
     if len(prepared.problems) > _PROBLEMS_SHOWN:
-        terminal.say(f"note: so it is with {len(prepared.problems) - _PROBLEMS_SHOWN} more")
+        terminal.warn(f"so it is with {len(prepared.problems) - _PROBLEMS_SHOWN} more")
     if prepared.entries:
         terminal.say(f"{len(prepared.entries)} of {len(shards)} shards are prepared: token ids are read, not text")
     return prepared
@@ -157,7 +159,7 @@ def opened_tokenizer(
         return load_tokenizer(Path(wanted.path))
     if wanted.source == "hub":
         assert wanted.path is not None
-        with terminal.working(f"fetching the tokenizer of {wanted.path}"):
+        with terminal.progress(f"fetching the tokenizer of {wanted.path}"):
             return load_tokenizer(hub_tokenizer_file(wanted.path, watchdog.link, watchdog))
     return _trained(recipe, corpora.train, terminal, watchdog)
 
@@ -165,28 +167,39 @@ def opened_tokenizer(
 def _trained(recipe: Recipe, corpus: Corpus, terminal: Terminal, watchdog: Watchdog) -> Tokenizer:
     """A tokenizer trained on `corpus`, now or by an earlier run: training is repeatable, so the two are equal."""
     wanted = recipe.tokenizer
-    assert wanted.vocab_size is not None  # filled when the recipe was resolved
-    asked = {"vocab_size": wanted.vocab_size, "kind": wanted.kind, "sample_bytes": wanted.sample_bytes, "seed": 0}
+    asked = {
+        "vocab_size": wanted.vocab_size,
+        "kind": wanted.kind,
+        "sample_bytes": wanted.sample_bytes,
+        "seed": _SAMPLE_SEED,
+    }
     place = tokenizer_place(cache_folder(recipe), corpus, asked)
     trained = kept_tokenizer(place)
     origin = "trained now" if trained is None else "trained before on the same text"
     if trained is None:
-        with terminal.working(f"training a tokenizer of {wanted.vocab_size:,} pieces ({wanted.kind})"):
-            trained = train_tokenizer(
-                corpus.texts(watchdog),
-                vocab_size=wanted.vocab_size,
-                kind=wanted.kind,
-                sample_bytes=wanted.sample_bytes,
-                seed=0,
-                should_stop=watchdog,
-            )
+        trained = _newly_trained(recipe, corpus, terminal, watchdog)
         try:
             keep_tokenizer(place, trained)
         except StorageError as error:  # the run can do without
-            terminal.say(f"note: the tokenizer is not kept for other runs: {error}")
+            terminal.warn(f"the tokenizer is not kept for other runs: {error}")
     tokenizer = Tokenizer(trained.model_bytes)
     terminal.say(f"tokenizer: {tokenizer.vocab_size:,} pieces, {origin}, {_report(trained.report)}")
     return tokenizer
+
+
+def _newly_trained(recipe: Recipe, corpus: Corpus, terminal: Terminal, watchdog: Watchdog) -> TrainedTokenizer:
+    wanted = recipe.tokenizer
+    assert wanted.vocab_size is not None  # filled when the recipe was resolved
+    with terminal.progress("reading text to train a tokenizer on", unit="bytes") as step:
+        sample = draw_sample(
+            corpus.texts(watchdog),
+            sample_bytes=wanted.sample_bytes,
+            seed=_SAMPLE_SEED,
+            should_stop=watchdog,
+            progress=step.update,
+        )
+    with terminal.progress(f"training a tokenizer of {wanted.vocab_size:,} pieces ({wanted.kind})"):
+        return train_tokenizer(sample, vocab_size=wanted.vocab_size, kind=wanted.kind, should_stop=watchdog)
 
 
 def _report(report: dict[str, Any]) -> str:

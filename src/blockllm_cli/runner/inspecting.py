@@ -121,14 +121,14 @@ def inspect_data(
         InterruptedRunError: a signal stopped it.
     """
     resolved = resolve_recipe(recipe, overrides=overrides)
-    with StopFlag() as stop:
+    with StopFlag(terminal) as stop:
         watchdog = Watchdog(stop, terminal.say, resolved.recipe.data.retry_seconds)
         try:
             corpora = opened_corpora(resolved, terminal, watchdog)
             tokenizer = opened_tokenizer(resolved.recipe, corpora, None, terminal, watchdog)
-            prepared = prepared_shards(resolved.recipe, corpora, tokenizer, terminal, watchdog)
+            prepared = prepared_shards(resolved.recipe, corpora, tokenizer, terminal)
             settings = stream_settings(resolved.recipe)
-            with terminal.working(f"reading block {block} of epoch {epoch}"):
+            with terminal.progress(f"reading block {block} of epoch {epoch}"):
                 found = _block(corpora.train, settings, epoch, block, prepared, watchdog)
                 return _view(found, settings, tokenizer, rows, watchdog)
         except StopRequested as error:

@@ -138,15 +138,14 @@ class Loop:
             self._save()
             assert self._stop.signal_number is not None
             raise InterruptedRunError(
-                f"stopped at update {self.step} and saved; continue with: "
-                f"blockllm pretrain --resume {self._folder.path}",
+                f"stopped at update {self.step} and saved; continue with: {self._folder.resume_command}",
                 self._stop.signal_number,
             ) from error
         except InputError as error:
             # The data ended a run whose state is sound: all of it was taken before the update that could not begin.
             self._save()
             raise InputError(
-                f"{error}\nsaved at update {self.step}; continue with: blockllm pretrain --resume {self._folder.path}"
+                f"{error}\nsaved at update {self.step}; continue with: {self._folder.resume_command}"
             ) from error
         finally:
             self._note_network()
@@ -231,13 +230,15 @@ class Loop:
         )
         row[metrics.DATA_WAIT_SECONDS] = self._stream.waited_seconds
         if warning := self._data_wait.look(self._stream.waited_seconds, sum(self.step_seconds)):
-            self._terminal.say(warning)
+            self._terminal.warn(warning)
         return row
 
     def _evaluate_and_log(self, row: metrics.Row) -> None:
         self.observed.pending_row = row
         started = time.perf_counter()
-        evaluation = self.evaluator.evaluate(self.trainer.model, self._stop)
+        words = f"evaluating after update {self.step}"
+        with self._terminal.progress(words, total=len(self.evaluator.rows), unit="rows") as step:
+            evaluation = self.evaluator.evaluate(self.trainer.model, self._stop, step.update)
         self.observed.pending_row = None
         figures = metrics.evaluation_row(evaluation, self._unigram())
         self._note_best(evaluation)
@@ -264,8 +265,8 @@ class Loop:
 
     def _warn_of_rounding(self, report: StepReport) -> None:
         if report.unchanged is not None and report.unchanged > 0.5 and report.step == self._recipe.tracking.log_every:
-            self._terminal.say(
-                f"warning: rounding to bf16 kept {report.unchanged:.0%} of the written weights as they were at update "
+            self._terminal.warn(
+                f"rounding to bf16 kept {report.unchanged:.0%} of the written weights as they were at update "
                 f'{report.step}; run.precision = "bf16_master" or run.rounding = "stochastic" keeps such small steps'
             )
 
@@ -275,27 +276,26 @@ class Loop:
             if file is not None:
                 file.sync()
         state, method = self.trainer.state, self.trainer.method
-        started = time.perf_counter()
-        folder = save_checkpoint(
-            self._folder.checkpoints,
-            step=state.step,
-            weights=dict(self.trainer.model.named_parameters()),
-            method_state=method.state_dict(),
-            state={
-                "tokens": state.tokens,
-                "slots": state.slots,
-                "rows_digest": state.rows_digest.hex(),
-                "unigram_counts": state.unigram_counts.tolist(),
-                "data": state.data,
-                "observed": asdict(self.observed),
-                "memory_peaks": self.meter.peaks,
-                "random": random_state(),
-                "validation_sha256": self._inputs.validation_sha256,
-                "tokenizer_sha256": self._inputs.tokenizer.sha256,
-            },
-            keep=self._recipe.checkpoint.keep,
-        )
-        self._terminal.record(f"saved {folder.name} in {time.perf_counter() - started:.2f} s")
+        with self._terminal.progress(f"saving update {state.step}"):
+            save_checkpoint(
+                self._folder.checkpoints,
+                step=state.step,
+                weights=dict(self.trainer.model.named_parameters()),
+                method_state=method.state_dict(),
+                state={
+                    "tokens": state.tokens,
+                    "slots": state.slots,
+                    "rows_digest": state.rows_digest.hex(),
+                    "unigram_counts": state.unigram_counts.tolist(),
+                    "data": state.data,
+                    "observed": asdict(self.observed),
+                    "memory_peaks": self.meter.peaks,
+                    "random": random_state(),
+                    "validation_sha256": self._inputs.validation_sha256,
+                    "tokenizer_sha256": self._inputs.tokenizer.sha256,
+                },
+                keep=self._recipe.checkpoint.keep,
+            )
 
 
 def _plain(event: dict[str, Any]) -> str:

@@ -29,9 +29,6 @@ from blockllm_cli.runner.machine import usable_cores
 from blockllm_cli.runner.watchdog import Watchdog
 from blockllm_cli.tracking.terminal import Terminal
 from blockllm_cli.training.signals import StopFlag
-from blockllm_cli.units import format_count, format_seconds
-
-_WORD_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def prepare_data(request: PrepareRequest, terminal: Terminal) -> PrepareReport:
     """
     resolved = resolve_recipe(request.recipe, overrides=request.overrides)
     report: PrepareReport | None = None
-    with StopFlag() as stop:
+    with StopFlag(terminal) as stop:
         watchdog = Watchdog(stop, terminal.say, resolved.recipe.data.retry_seconds)
         try:
             corpora, tokenizer = _opened(resolved, terminal, watchdog)
@@ -183,7 +180,7 @@ class _Preparing:
             self._tokenizer,
             cache_folder(self._recipe),
             workers=usable_cores() if workers is None else workers,
-            should_stop=self._watchdog.quietly,
+            should_stop=self._watchdog,
         ) as preparation:
             self._cover(
                 preparation,
@@ -222,37 +219,20 @@ class _Preparing:
         entry, is_new = preparation.find(shard), False
         if entry is not None and self._request.check:
             try:
-                with self._terminal.working(f"checking what is prepared of {shard.name} ({place})"):
+                with self._terminal.progress(f"checking what is prepared of {shard.name} ({place})"):
                     entry.check()
             except (ValueError, OSError) as error:
-                self._terminal.say(f"{shard.name}: {error}: it is made anew")
+                self._terminal.warn(f"what is prepared of {shard.name} is made anew: {error}")
                 self._report.damaged.append(str(shard))
                 discard(entry)
                 entry = None
         if entry is None:
-            with _place_named(), _progress(self._terminal, f"preparing {shard.name} ({place})") as advance:
-                entry, is_new = preparation.prepare(shard, advance)
+            description = f"preparing {shard.name} ({place})"
+            with _place_named(), self._terminal.progress(description, unit="documents") as step:
+                entry, is_new = preparation.prepare(shard, step.advance)
         (self._report.made if is_new else self._report.found).append(str(shard))
         self._report.count(shard, entry)
         return entry
-
-
-@contextmanager
-def _progress(terminal: Terminal, description: str) -> Iterator[Callable[[int, int], None]]:
-    """Tell of a shard that takes long; what is yielded is told (documents, bytes) more that are done."""
-    documents = 0
-    started = spoke = time.perf_counter()
-
-    def advance(more: int, size: int) -> None:
-        nonlocal documents, spoke
-        documents += more
-        now = time.perf_counter()
-        if now - spoke >= _WORD_SECONDS:
-            spoke = now
-            terminal.say(f"{description}: {format_count(documents)} documents after {format_seconds(now - started)}")
-
-    with terminal.working(description):
-        yield advance
 
 
 @contextmanager

@@ -81,14 +81,14 @@ def pretrain(request: PretrainRequest, terminal: Terminal) -> Path:
             return folder.path
     _check_stop_after(request, resolved)
     machine = choose_machine(resolved.loaded)
-    with StopFlag() as stop, on_machine(machine), contextlib.ExitStack() as stack:
+    with StopFlag(terminal) as stop, on_machine(machine), contextlib.ExitStack() as stack:
         if folder is not None:
             stack.enter_context(folder.locked())
         watchdog = Watchdog(stop, terminal.say, resolved.recipe.data.retry_seconds)
         try:
             inputs = prepare_inputs(resolved, folder, terminal, watchdog)
         except StopRequested as error:
-            raise _interrupted("before the first update; nothing was written", stop, None) from error
+            raise _interrupted_early(stop, folder) from error
         return _Run(request, resolved, machine, inputs, terminal, stop, watchdog).carry_out(folder, stack)
 
 
@@ -111,10 +111,14 @@ def _check_stop_after(request: PretrainRequest, resolved: Resolved) -> None:
         raise RecipeError(f"--stop-after {request.stop_after}: the run has updates 1 to {total_steps(resolved.recipe)}")
 
 
-def _interrupted(where: str, stop: StopFlag, folder: Path | None) -> InterruptedRunError:
+def _interrupted_early(stop: StopFlag, folder: RunFolder | None) -> InterruptedRunError:
+    """A stop while inputs were prepared: no run folder has been made, that of a resumed run is as it was."""
     assert stop.signal_number is not None
-    way = f"continue with: blockllm pretrain --resume {folder}" if folder else "run the same command again"
-    return InterruptedRunError(f"stopped {where}; {way}", stop.signal_number)
+    if folder is None:
+        words = "stopped before the first update; nothing was written; run the same command again"
+    else:
+        words = f"stopped before the run went on; its folder is as it was; continue with: {folder.resume_command}"
+    return InterruptedRunError(words, stop.signal_number)
 
 
 class _Run:
@@ -157,7 +161,8 @@ class _Run:
             self._write_start(folder)
         checkpoint = None
         if resumed:
-            checkpoint = find_checkpoint(folder.checkpoints, fall_back=self.request.resume == LATEST_GOOD)
+            with self.terminal.progress("reading the checkpoint"):
+                checkpoint = find_checkpoint(folder.checkpoints, fall_back=self.request.resume == LATEST_GOOD)
             self._check_inputs(folder, checkpoint)
             if self._is_there_already(checkpoint):
                 self.terminal.say(f"--stop-after {self.request.stop_after}: the run is there already")
@@ -172,7 +177,8 @@ class _Run:
         try:
             with self._stream(checkpoint) as stream:
                 # All that can refuse a resume comes before the first change to the folder.
-                trainer = self._trainer(checkpoint, stream)
+                with self.terminal.progress("building the model"):
+                    trainer = self._trainer(checkpoint, stream)
                 if resumed:
                     self._continue(folder, checkpoint)
                 loop = self._loop(folder, checkpoint, stream, trainer)
@@ -321,7 +327,7 @@ class _Run:
         if unmoved:
             self.terminal.say(f"note: {_unmoved_note(unmoved, self.method)}")
         if loop.stopped_early:
-            self.terminal.say(f"saved at update {loop.step}; continue with: blockllm pretrain --resume {folder.path}")
+            self.terminal.say(f"saved at update {loop.step}; continue with: {folder.resume_command}")
         return folder.path
 
     def _write_failure(self, folder: RunFolder, loop: Loop | None, error: BaseException) -> None:

@@ -35,7 +35,6 @@ class Watchdog:
         self._stop = stop
         self._say = say
         self._reported: deque[Event] = deque()
-        self._noted: deque[str] = deque()
         self._events: list[Event] = []
         self._began = self._asked = float("-inf")
         self._next_word = FIRST_WORD_SECONDS
@@ -48,22 +47,11 @@ class Watchdog:
             self._began, self._next_word = now, FIRST_WORD_SECONDS
         self._asked = now
         waited = now - self._began
-        if waited >= self._next_word:
-            self._say(
-                f"waiting for data since {format_seconds(waited)}: {self.link.doing or 'documents are tokenised'}"
-            )
+        if waited >= self._next_word and self.link.doing:  # of what this machine does itself the terminal speaks
+            self._say(f"waiting for data since {format_seconds(waited)}: {self.link.doing}")
             self._next_word += min(self._next_word, _LONGEST_SILENCE)
         self._hear()
         return self._stop()
-
-    def quietly(self) -> bool:
-        """Whether to stop; for work that shows its own progress, so that only the network is spoken of."""
-        self._hear()
-        return self._stop()
-
-    def note(self, line: str) -> None:
-        """Have `line` said at the next look; may be called from any thread."""
-        self._noted.append(line)
 
     def events(self) -> list[Event]:
         """What the network did since the last call."""
@@ -72,8 +60,6 @@ class Watchdog:
         return events
 
     def _hear(self) -> None:
-        while self._noted:
-            self._say(f"note: {self._noted.popleft()}")
         while self._reported:
             event = self._reported.popleft()
             self._events.append(event)

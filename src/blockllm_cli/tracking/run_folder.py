@@ -13,13 +13,15 @@ import json
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from blockllm_cli.durable import storage_errors, sync_folder, write_json, write_text
 from blockllm_cli.errors import InputError, StorageError
+from blockllm_cli.tracking.log import RunLog
 
 RECIPE, ENVIRONMENT, PLAN, SUMMARY, TOKENIZER = (
     "recipe.toml",
@@ -116,6 +118,11 @@ class RunFolder:
         return self.path.name
 
     @property
+    def resume_command(self) -> str:
+        """What to type to go on with the run, as a shell takes it."""
+        return f"blockllm pretrain --resume {shlex.quote(str(self.path))}"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
@@ -202,10 +209,9 @@ class RunFolder:
         with storage_errors(self.path, "change"):
             (self.path / SUMMARY).unlink(missing_ok=True)
 
-    def open_log(self) -> TextIO:
+    def open_log(self) -> RunLog:
         """log.txt, for appending."""
-        with storage_errors(self.path / LOG, "open"):
-            return (self.path / LOG).open("a", encoding="utf-8")
+        return RunLog(self.path / LOG)
 
 
 def safe_name(name: str) -> str:

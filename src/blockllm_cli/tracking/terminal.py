@@ -1,63 +1,105 @@
 """What a person sees of a run: a live display on a terminal, whole lines elsewhere, and the same lines in log.txt.
 
-Off a terminal nothing is redrawn: one plain line per logged update, no escape codes, no carriage returns.
+Off a terminal nothing is redrawn: one plain line per logged update, lines at intervals from steps that take long, no
+escape codes, no carriage returns. What is narrated goes to one console, warnings to another; docs/cli.md says which.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from blockllm_cli import metrics
-from blockllm_cli.units import format_bytes, format_count, format_seconds
+from blockllm_cli.errors import BlockLLMError, InterruptedRunError
+from blockllm_cli.tracking.consoles import error_console, output_console
+from blockllm_cli.tracking.display import Display
+from blockllm_cli.tracking.log import RunLog
+from blockllm_cli.tracking.plain import printable
+from blockllm_cli.tracking.progress import Activity, Step, Training, row_line
 
-
-class _LastingConsole(Console):
-    """A console whose reader may go away: training goes on, and log.txt has what is no longer printed."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        # Python flushes stdout once more at its end, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+TOLD_SECONDS = 2.0
+"""A step that took at least this long leaves a line that says so; shorter ones are in the log only."""
+TICK_SECONDS = 1.0
+SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Terminal:
-    """Prints to stdout and, once a run folder exists, to its log.
+    """Prints, and once a run folder exists writes the same to its log.
+
+    Its methods may be called from any thread.
 
     Args:
-        console: where to print; by default stdout as it is.
+        console: where to narrate; absent: stdout.
+        warnings: where warnings go, which `quiet` does not silence; absent: stderr.
+        quiet: narrate to the log alone.
+        clock: seconds, for tests.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or _LastingConsole(highlight=False, soft_wrap=True)
-        self._log: TextIO | None = None
-        self._early: list[str] = []
-        self._live: _LiveRun | None = None
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        warnings: Console | None = None,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.console = console or output_console()
+        self._warnings = warnings or error_console()
+        self._quiet = quiet
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._log: RunLog | None = None
+        self._early: list[tuple[float, str]] = []
+        self._training: Training | None = None
+        self._steps: list[Step] = []
+        self._display: Display | None = None
+        self._notice = ""
+        self._notice_is_new = False
+        self._spoken = clock()
+        self._ticker: threading.Thread | None = None
+        self._closed = threading.Event()
 
-    def log_to(self, log: TextIO) -> None:
-        """Write what was said so far, and all that will be, to `log`."""
-        self._log = log
-        log.write("".join(line + "\n" for line in self._early))
-        log.flush()
-        self._early.clear()
+    @property
+    def is_live(self) -> bool:
+        """Whether progress is redrawn in place."""
+        return self.console.is_interactive and not self._quiet
+
+    def log_to(self, log: RunLog) -> None:
+        """Write what was said so far, and all that will be, to `log`.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        with self._lock:
+            self._log = log
+            for moment, line in self._early:
+                log.write(line, moment)
+            self._early.clear()
 
     def close(self) -> None:
-        """Leave the live display and the log."""
-        self.stop_live()
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        """Leave the display and the log."""
+        self._closed.set()
+        if self._ticker is not None:
+            self._ticker.join()
+            self._ticker = None
+        with self._lock:
+            self._training = None
+            self._steps.clear()
+            self._redraw()
+            if self._log is not None:
+                self._log.close()
+                self._log = None
 
     def __enter__(self) -> Terminal:
         return self
@@ -65,149 +107,193 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            # The disk may be what failed: then the first error is the one to show.
+            with contextlib.suppress(BlockLLMError):
+                self._record_end(error)
         self.close()
 
     def say(self, line: str) -> None:
         """One line for the person and for the log."""
-        self.record(line)
-        self.console.print(line, markup=False)
+        with self._lock:
+            self.record(line)
+            self._print(line)
+
+    def warn(self, line: str) -> None:
+        """One line that also `--quiet` lets through, begun with `warning: `; on stderr, and in the log."""
+        with self._lock:
+            self.record(f"warning: {line}")
+            # What is redrawn on the same screen must know of every line on it.
+            on_display = self._display is not None and self._warnings.is_terminal
+            _put(self.console if on_display else self._warnings, f"warning: {line}")
 
     def record(self, line: str) -> None:
         """One line for the log alone."""
-        if self._log is None:
-            self._early.append(line)
-        else:
-            self._log.write(line + "\n")
-            self._log.flush()
+        with self._lock:
+            if self._log is None:
+                self._early.append((time.time(), line))
+            else:
+                self._log.write(line)
 
     @contextmanager
-    def working(self, description: str) -> Iterator[None]:
-        """A long step of unknown length: said before, and how long it took after."""
-        started = time.perf_counter()
-        self.record(f"{description} ...")
-        if self.console.is_terminal:
-            with self.console.status(description):
-                yield
-        else:
-            self.console.print(f"{description} ...", markup=False)
-            yield
-        self.say(f"{description}: {format_seconds(time.perf_counter() - started)}")
+    def progress(self, description: str, *, total: float | None = None, unit: str = "") -> Iterator[Step]:
+        """A long step: a bar on a terminal, elsewhere a line every ten seconds; a short one shows nothing.
+
+        Args:
+            description: what is done, such as `tokenising the validation set`.
+            total: how much there is to do; None where nobody knows (then the time so far is shown).
+            unit: of `total`, in the plural; `bytes` are shown as KiB, MiB and GiB.
+
+        Yields:
+            The step: call `advance(n)` or `update(done, total)` as often as you like, it costs nothing.
+        """
+        step = Step(description, total, unit, self._clock())
+        with self._lock:
+            if self._training is None:
+                self.record(f"{description} ...")
+            self._steps.append(step)
+            self._spoken = self._clock()
+            self._redraw()
+            self._start_ticker()
+        try:
+            yield step
+        except BaseException:
+            with self._lock, contextlib.suppress(BlockLLMError):
+                self._leave(step)
+                self.record(step.interruption(self._clock()))
+            raise
+        with self._lock:
+            self._leave(step)
+            now = self._clock()
+            # Inside of the training loop the rows tell the time it took.
+            is_told = step.seconds(now) >= TOLD_SECONDS and self._training is None
+            (self.say if is_told else self.record)(step.conclusion(now))
 
     def start_live(self, *, steps: int, done: int) -> None:
         """Begin the display of the training loop."""
-        self._live = _LiveRun(self.console, steps, done)
+        with self._lock:
+            self._training = Training(steps, done, self._clock())
+            self._spoken = self._clock()
+            self._redraw()
+            self._start_ticker()
 
     def stop_live(self) -> None:
-        """End the display of the training loop; what it last showed stays."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        """End the display of the training loop."""
+        with self._lock:
+            self._training = None
+            self._redraw()
 
     def advance(self, step: int) -> None:
         """An update is done."""
-        if self._live is not None:
-            self._live.advance(step)
+        if self._training is not None:
+            self._training.step = step
 
     def row(self, row: Mapping[str, Any]) -> None:
         """A row of metrics: a line in the log; on a terminal the live display, else the same line."""
-        left = self._live.seconds_left(row) if self._live is not None else None
-        line = _line(row, self._live.steps if self._live is not None else row[metrics.STEP], left)
-        self.record(line)
-        if self._live is not None and self.console.is_terminal:
-            self._live.show(row, left)
-            if metrics.PERPLEXITY in row:
-                self.console.print(line, markup=False)
-        else:
-            self.console.print(line, markup=False)
+        with self._lock:
+            training = self._training
+            line = training.line(row, self._clock()) if training else row_line(row, row[metrics.STEP])
+            self.record(line)
+            if training is not None:
+                training.row |= {key: value for key, value in row.items() if value is not None}
+            if self._display is None or metrics.PERPLEXITY in row:
+                self._print(line)
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """A table of two columns; plain aligned lines off a terminal and in the log."""
         width = max(len(name) for name, _ in rows)
         lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
-        for line in lines:
-            self.record(line)
-        if self.console.is_terminal:
-            table = Table(title=title, show_header=False, title_justify="left")
-            for name, value in rows:
-                table.add_row(name, value)
-            self.console.print(table)
-        else:
+        with self._lock:
             for line in lines:
-                self.console.print(line, markup=False)
+                self.record(line)
+            if not self.is_live:
+                for line in lines:
+                    self._print(line)
+                return
+            table = Table(title=Text(printable(title)), show_header=False, title_justify="left")
+            for row in rows:
+                table.add_row(*(Text(printable(cell)) for cell in row))
+            self.console.print(table, soft_wrap=False)
+
+    def tick(self) -> None:
+        """Say how far the innermost activity is, if it is time; called every second by a thread of this object."""
+        with self._lock:
+            self._record_notice()
+            activity = next(reversed(self._activities()), None)
+            now = self._clock()
+            if activity is None or now - self._spoken < activity.patience(now):
+                return
+            self._spoken = now
+            words = activity.words(now)
+            self.record(words)
+            if not self.is_live:
+                self._print(words)
+
+    def stopping(self, message: str) -> bool:
+        """Show the answer to a signal where the display is; False where there is none to show it.
+
+        Safe in a signal handler: it only leaves a word for the next redraw.
+        """
+        self._notice, self._notice_is_new = message, True
+        return self._display is not None
+
+    def leave(self) -> None:
+        """Undo what must not outlive the process, which ends at once; safe in a signal handler."""
+        if self.is_live:
+            with contextlib.suppress(OSError, ValueError):
+                os.write(self.console.file.fileno(), SHOW_CURSOR + b"\n")
+
+    def _print(self, line: str) -> None:
+        self._spoken = self._clock()
+        if not self._quiet:
+            _put(self.console, line)
+
+    def _activities(self) -> tuple[Activity, ...]:
+        training = self._training
+        return (*((training,) if training is not None else ()), *self._steps)
+
+    def _leave(self, step: Step) -> None:
+        self._steps.remove(step)
+        self._redraw()
+
+    def _redraw(self) -> None:
+        """Begin the display when something goes on, end it when nothing does."""
+        is_busy = bool(self._activities()) and self.is_live
+        if is_busy and self._display is None:
+            self._display = Display(self.console, self._activities, lambda: self._notice, self._clock)
+        elif not is_busy and self._display is not None:
+            self._display.stop()
+            self._display = None
+
+    def _record_notice(self) -> None:
+        if self._notice_is_new:
+            self._notice_is_new = False
+            self.record(self._notice)
+
+    def _start_ticker(self) -> None:
+        if self._ticker is None and not self._closed.is_set():
+            self._ticker = threading.Thread(target=self._keep_ticking, name="blockllm-terminal", daemon=True)
+            self._ticker.start()
+
+    def _keep_ticking(self) -> None:
+        while not self._closed.wait(TICK_SECONDS):
+            # A full disk is met by the main thread as well, which can end the run for it.
+            with contextlib.suppress(BlockLLMError):
+                self.tick()
+
+    def _record_end(self, error: BaseException) -> None:
+        """Log how it ended; where that is our own bug, with the traceback, which shows no values."""
+        self._record_notice()
+        if isinstance(error, InterruptedRunError | KeyboardInterrupt):
+            self.record(f"interrupted: {error}".rstrip(": "))
+        elif isinstance(error, BlockLLMError):
+            self.record(f"error: {error}")
+        elif isinstance(error, Exception) and not isinstance(error, BrokenPipeError):
+            self.record("".join(traceback.format_exception(error)).rstrip())
+            if self._log is not None:
+                _put(self._warnings, f"the lines below are in {self._log.path} as well")
 
 
-class _LiveRun:
-    """Progress of the loop, the time left, and on a terminal a bar with the newest figures, which fit 80 columns."""
-
-    def __init__(self, console: Console, steps: int, done: int) -> None:
-        self.steps = steps
-        self._first = done
-        self._started = time.perf_counter()
-        self._perplexity = ""
-        self._below = Text()
-        self._progress = Progress(
-            BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.fields[figures]}", markup=False)
-        )
-        self._task = self._progress.add_task("training", total=steps, completed=done, figures="")
-        self._live: Live | None = None
-        if console.is_terminal:
-            shown = Group(self._progress, self._below)
-            self._live = Live(shown, console=console, transient=True, refresh_per_second=4)
-            self._live.start()
-
-    def advance(self, step: int) -> None:
-        self._progress.update(self._task, completed=step)
-
-    def seconds_left(self, row: Mapping[str, Any]) -> float | None:
-        done: int = row[metrics.STEP] - self._first
-        if done <= 0:
-            return None
-        to_do: int = self.steps - row[metrics.STEP]
-        return (time.perf_counter() - self._started) / done * to_do
-
-    def show(self, row: Mapping[str, Any], left: float | None) -> None:
-        self._perplexity = _figure(row, metrics.PERPLEXITY, "perplexity {:.2f}") or self._perplexity
-        figures = [_figure(row, metrics.LOSS, "loss {:.3f}"), self._perplexity]
-        figures += [f"{format_seconds(left)} left"] if left is not None else []
-        self._progress.update(self._task, figures=_joined(figures))
-        speed = [_figure(row, metrics.TOKENS_PER_SECOND, "{:,.0f} tokens/s")]
-        speed += [f"rss {format_bytes(row['memory/rss_bytes'])}"] if "memory/rss_bytes" in row else []
-        memory = [
-            f"{name} {format_bytes(row[key])}"
-            for name, key in (
-                ("weights", "memory/weights_bytes"),
-                ("master", "memory/master_weights_bytes"),
-                ("gradients", "memory/gradients_bytes"),
-                ("state", "memory/optimizer_state_bytes"),
-            )
-            if row.get(key)
-        ]
-        self._below.plain = f"{_joined(speed)}\n{_joined(memory)}"
-
-    def stop(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-
-def _joined(parts: Sequence[str]) -> str:
-    return " · ".join(part for part in parts if part)
-
-
-def _figure(row: Mapping[str, Any], key: str, form: str) -> str:
-    return form.format(row[key]) if row.get(key) is not None else ""
-
-
-def _line(row: Mapping[str, Any], steps: int, left: float | None) -> str:
-    parts = [
-        f"update {row[metrics.STEP]}/{steps}",
-        f"{format_count(row[metrics.TOKENS])} tokens",
-        _figure(row, metrics.LOSS, "loss {:.4f}"),
-        _figure(row, metrics.GRADIENT_NORM, "norm {:.3f}"),
-        _figure(row, metrics.LEARNING_RATE, "rate {:.2e}"),
-        _figure(row, metrics.PERPLEXITY, "perplexity {:.2f}"),
-        _figure(row, metrics.UNIGRAM_PERPLEXITY, "(unigram {:.1f})"),
-        _figure(row, metrics.TOKENS_PER_SECOND, "{:,.0f} tokens/s"),
-        f"{format_seconds(left)} left" if left is not None else "",
-        f"rss {format_bytes(row['memory/rss_bytes'])}" if "memory/rss_bytes" in row else "",
-    ]
-    return "  ".join(part for part in parts if part)
+def _put(console: Console, line: str) -> None:
+    """Print `line` as it is: as a `Text`, nothing in it is taken for markup, an emoji or a number to colour."""
+    console.print(Text(printable(line)), soft_wrap=True)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from blockllm_cli.data.batches import batch_of, micro_batches
 from blockllm_cli.data.rows import Rows
+from blockllm_cli.data.stopping import Progress, unheard
 from blockllm_cli.errors import StopRequested
 from blockllm_cli.model.llama import LlamaForCausalLM
 from blockllm_cli.recipe.sections import Recipe
@@ -63,19 +64,29 @@ class Evaluator:
     legacy_ranks: int
     device: torch.device
 
-    def evaluate(self, model: LlamaForCausalLM, should_stop: Callable[[], bool]) -> Evaluation:
+    def evaluate(
+        self, model: LlamaForCausalLM, should_stop: Callable[[], bool], progress: Progress = unheard
+    ) -> Evaluation:
         """Run `model` forward over all rows; nothing of the model, of gradients or of any generator changes.
+
+        Args:
+            model: on `device`.
+            should_stop: asked before each batch.
+            progress: told how many of the rows are done.
 
         Raises:
             StopRequested: `should_stop` became true between two batches.
         """
         nll_parts: list[NDArray[np.float64]] = []
+        done = 0
         with torch.inference_mode():
             for part in micro_batches(self.rows, self.batch_rows):
                 if should_stop():
                     raise StopRequested
                 nll, _ = model.row_nll(batch_of(part, self.device))
                 nll_parts.append(nll.cpu().numpy())
+                done += len(part)
+                progress(done, len(self.rows))
         row_nll = np.concatenate(nll_parts)
         row_targets = self.rows.targets_per_row()
         total, targets = float(row_nll.sum()), int(row_targets.sum())

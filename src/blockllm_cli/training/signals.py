@@ -6,7 +6,17 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
+
+
+class Screen(Protocol):
+    """Where something may be drawn that a signal must not spoil; both are called from a signal handler."""
+
+    def stopping(self, message: str) -> bool:
+        """Show the answer to the first signal; False where nothing is drawn, and stderr is to have it."""
+
+    def leave(self) -> None:
+        """The process ends at once: give back what was changed of the terminal."""
 
 
 class StopFlag:
@@ -14,9 +24,13 @@ class StopFlag:
 
     Calling it tells whether a stop was asked for, which makes it the `should_stop` of everything that takes long.
     Outside the main thread Python takes no signal handlers; there the flag is never set by a signal.
+
+    Args:
+        screen: what is drawn meanwhile, such as a `Terminal`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, screen: Screen | None = None) -> None:
+        self._screen = screen
         self.signal_number: int | None = None
         self._former: dict[int, Any] = {}
 
@@ -39,7 +53,11 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
+            if self._screen is not None:
+                self._screen.leave()
             os._exit(128 + number)
         self.signal_number = number
-        # Not print(): the signal may have come in the middle of one.
-        os.write(2, f"\n{signal.Signals(number).name}: stopping and saving; once more to leave at once\n".encode())
+        message = f"{signal.Signals(number).name}: stopping and saving; once more to leave at once"
+        if self._screen is None or not self._screen.stopping(message):
+            # Not print(): the signal may have come in the middle of one.
+            os.write(2, f"\n{message}\n".encode())

@@ -132,7 +132,7 @@ def test_labels_tell_files_of_one_name_apart(here):
 def test_the_builtin_corpus_is_split_by_hash(here, monkeypatch, cache):
     asked = []
 
-    def builtin_corpus(cache_dir, *, should_stop):
+    def builtin_corpus(cache_dir, *, should_stop, progress):
         asked.append(cache_dir)
         return SimpleNamespace(path=write(here / "builtin.jsonl", *(f"document {i}" for i in range(100))))
 

@@ -34,7 +34,7 @@ from blockllm_cli.data.stream import validation_rows
 from blockllm_cli.errors import InputError, StopRequested, StorageError
 
 
-def nothing(documents: int, size: int) -> None:
+def nothing(documents: int) -> None:
     pass
 
 
@@ -331,7 +331,7 @@ def test_a_stop_leaves_nothing_of_the_shard_and_all_of_those_before(corpus, tmp_
     ) as preparation:
         for shard, expectation in zip(corpus.shards, (nullcontext(), pytest.raises(StopRequested)), strict=False):
             with expectation:
-                preparation.prepare(shard, lambda documents, size: stop.append(documents))
+                preparation.prepare(shard, lambda documents: stop.append(documents))
     assert active_children() == []
     folder = tokens_folder(tmp_path / "cache", WordTokenizer())
     assert [path.name for path in folder.iterdir() if not path.name.endswith(".lock")] == [
@@ -358,7 +358,7 @@ def test_a_tokenizer_that_fails_or_lies_leaves_nothing(tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(corpus, tmp_path):
-    def touch(documents: int, size: int) -> None:
+    def touch(documents: int) -> None:
         with corpus.shards[0].open("a") as file:
             file.write("\n")
 

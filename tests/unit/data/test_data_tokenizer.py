@@ -40,8 +40,10 @@ def never() -> bool:
 
 
 def train(texts, vocab_size: int = 330, kind: str = "bpe", **changed) -> TrainedTokenizer:
-    settings = {"sample_bytes": 2**20, "seed": 0, "should_stop": never} | changed
-    return train_tokenizer(texts, vocab_size=vocab_size, kind=kind, **settings)
+    settings = {"sample_bytes": 2**20, "seed": 0} | changed
+    should_stop = settings.pop("should_stop", never)
+    sample = draw_sample(texts, should_stop=should_stop, **settings)
+    return train_tokenizer(sample, vocab_size=vocab_size, kind=kind, should_stop=should_stop)
 
 
 def documents_of(path: Path) -> list[str]:
@@ -313,8 +315,9 @@ def test_training_needs_neither_torch_nor_a_utf8_locale() -> None:
         "import sys\n"
         "from blockllm_cli.data import tokenizer, tokenizer_training\n"
         "texts = ['\\u00e9\\u00e8\\u4e2d ' * 99, 'plain words here and there']\n"
-        "settings = dict(vocab_size=262, kind='bpe', sample_bytes=10**6, seed=0, should_stop=lambda: False)\n"
-        "print(tokenizer.Tokenizer(tokenizer_training.train_tokenizer(texts, **settings).model_bytes).sha256)\n"
+        "sample = tokenizer_training.draw_sample(texts, sample_bytes=10**6, seed=0)\n"
+        "trained = tokenizer_training.train_tokenizer(sample, vocab_size=262, kind='bpe')\n"
+        "print(tokenizer.Tokenizer(trained.model_bytes).sha256)\n"
         "print([name for name in ('torch', 'datasets', 'transformers') if name in sys.modules])\n"
     )
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

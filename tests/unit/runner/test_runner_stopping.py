@@ -6,20 +6,8 @@ import signal
 import pytest
 
 from blockllm_cli.errors import InterruptedRunError
+from support.striking import strike_at
 from support.tiny import equal_rows, equal_tensors
-
-
-def strike_at(monkeypatch, owner, name, call, number=signal.SIGTERM):
-    """Send `number` to this process at the `call`-th call of `owner.name`."""
-    real = getattr(owner, name)
-    calls = iter(range(1, 100_000))
-
-    def striking(*arguments, **keywords):
-        if next(calls) == call:
-            os.kill(os.getpid(), number)
-        return real(*arguments, **keywords)
-
-    monkeypatch.setattr(owner, name, striking)
 
 
 @pytest.fixture

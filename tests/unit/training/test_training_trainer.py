@@ -67,10 +67,21 @@ def rows_with(targets, seed):
     return Rows(pieces, documents, [(f"x:{row}",) for row in range(len(targets))], LENGTH)
 
 
-def trainer(stream, *, rows=32, micro=32, clip=0.0, steps=4, on_nonfinite="stop", should_stop=lambda: False):
+def trainer(
+    stream,
+    *,
+    rows=32,
+    micro=32,
+    clip=0.0,
+    steps=4,
+    on_nonfinite="stop",
+    should_stop=lambda: False,
+    method="adamw",
+    **keys,
+):
     model = build_model(CONFIG, seed=1, dtype=torch.float32, device=CPU)
-    kind = method_class("adamw")
-    method = kind(kind.Options(), Setting(0, precision_of("fp32"), micro_batches=rows // micro))
+    kind = method_class(method)
+    method = kind(kind.Options(**keys), Setting(0, precision_of("fp32"), micro_batches=rows // micro))
     method.prepare(model)
     settings = TrainerSettings(steps, rows, micro, 1e-3, 1e-3, clip, on_nonfinite, 1, CPU)
     state = TrainState(0, 0, 0, b"", np.zeros(300, np.int64), stream.state())
@@ -157,3 +168,36 @@ def test_nothing_is_written_from_what_is_not_finite(on_nonfinite):
         assert all(report.skipped for report in running.updates())
     for name, parameter in running.model.named_parameters():
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
+
+
+def test_a_rule_inside_the_backward_pass_writes_nothing_where_the_loss_is_not_finite():
+    """The loss is looked at before the backward pass, which would have moved what lies above the first bad product."""
+    running = trainer(
+        Stream([rows_with([5] * 4, seed) for seed in range(2)]),
+        rows=4,
+        micro=4,
+        steps=2,
+        method="blockllm",
+        inactive="sign",
+        always=[],
+    )
+    updates = running.updates()
+    next(updates)
+    with torch.no_grad():
+        running.model.head_weight[7] = float("nan")
+    before = {name: p.detach().clone() for name, p in running.model.named_parameters()}
+    with pytest.raises(DivergedError, match=r"gradient norm not taken; this update changed no weight"):
+        next(updates)
+    for name, parameter in running.model.named_parameters():
+        torch.testing.assert_close(parameter, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_micro_batch_without_a_target_costs_no_pass(monkeypatch):
+    running = trainer(Stream([rows_with([5, 5, 0, 0, 5, 5], 0)]), rows=6, micro=2, steps=1)
+    passed = []
+    loss = running.model.loss
+    monkeypatch.setattr(
+        running.model, "loss", lambda batch, **keys: passed.append(batch.num_targets) or loss(batch, **keys)
+    )
+    list(running.updates())
+    assert passed == [10, 10]
