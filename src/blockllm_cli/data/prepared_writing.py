@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ from blockllm_cli.data.shards import Shard, shard_identity, unreadable
 from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.data.workers import WorkerPool
 from blockllm_cli.durable import file_sha256, storage_errors, sync_folder, write_json
-from blockllm_cli.errors import InputError, StopRequested
+from blockllm_cli.errors import InputError, StopRequested, StorageError
 
 _BATCH_DOCUMENTS, _BATCH_BYTES = 256, 1 << 20
 _POLL_SECONDS = 0.05
@@ -127,10 +127,19 @@ class Preparation:
     def find(self, shard: Shard) -> Entry | None:
         """The entry of `shard` if it is there and can be used, as far as sizes tell.
 
+        Of a copy, which has another time and was therefore read to its end, the time is noted: runs need not read it.
+
         Raises:
             InputError: the shard is gone.
         """
-        return usable_entry(self._folder / entry_name(shard_identity(shard)), shard)
+        entry = usable_entry(self._folder / entry_name(shard_identity(shard)), shard)
+        if entry is None or entry.manifest.source is None or entry.manifest.source.modified_ns == _modified(shard):
+            return entry
+        source = replace(entry.manifest.source, modified_ns=_modified(shard))
+        entry = Entry(entry.folder, replace(entry.manifest, source=source))
+        with contextlib.suppress(StorageError):  # a cache that others fill may be read-only
+            write_json(entry.folder / MANIFEST, entry.manifest.as_json())
+        return entry
 
     def prepare(self, shard: Shard, report: Report = _unheard) -> Prepared:
         """The entry of `shard`, made if it is not there or cannot be used.

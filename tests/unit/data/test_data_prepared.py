@@ -1,5 +1,6 @@
 """The tokenised cache: what is read from it is what the text gives, and what is damaged is not trusted."""
 
+import errno
 import gzip
 import json
 import os
@@ -10,12 +11,14 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_shards import lines_of
 from small_streams import good, settings, walk, write_shards
 from word_tokenizer import FailingTokenizer, WordTokenizer
 
-from blockllm_cli.data import prepared_writing, reader
+from blockllm_cli.data import prepared_format, prepared_writing, reader
 from blockllm_cli.data.blocks import Cursor, TextBlock, build_block, read_blocks
 from blockllm_cli.data.corpus import Corpus
 from blockllm_cli.data.prepared import (
@@ -31,6 +34,7 @@ from blockllm_cli.data.prepared_writing import Preparation
 from blockllm_cli.data.reader import Position, ShardReader
 from blockllm_cli.data.records import Document
 from blockllm_cli.data.stream import validation_rows
+from blockllm_cli.data.tokenizer import load_tokenizer
 from blockllm_cli.errors import InputError, StopRequested, StorageError
 
 
@@ -77,6 +81,8 @@ def odd_corpus(tmp_path) -> Corpus:
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
+    rows = pa.table({"text": ["one two", None, " ", *(f"row {i} of many" for i in range(20))]})
+    pq.write_table(rows, folder / "g.parquet", row_group_size=7)
     return Corpus(tuple(sorted(folder.iterdir())))
 
 
@@ -101,6 +107,27 @@ def test_a_prepared_shard_says_what_its_text_says(odd_corpus, tmp_path, workers,
                 rest = said(ShardReader(shard, position))
                 assert said(entries.reader(shard, position)) == rest
                 assert len(rest) < len(whole)
+
+
+@pytest.mark.realtext
+def test_so_does_every_awkward_file(shared_dir, tmp_path):
+    corpus = Corpus(tuple(sorted((shared_dir / "data" / "awkward").glob("*.json.gz"))))
+    assert len(corpus.shards) == 18
+    prepare(corpus, tmp_path / "cache")
+    entries = found(corpus, tmp_path / "cache")
+    for shard in corpus.shards:
+        assert said(entries.reader(shard)) == said(ShardReader(shard)), shard.name
+
+
+@pytest.mark.realtext
+def test_real_text_under_a_real_tokenizer_gives_the_same_rows(shared_dir, tiny_tokenizer, tmp_path):
+    folder = shared_dir / "data" / "realtext" / "en"
+    corpus = Corpus(tuple(sorted(folder.glob("*validation*.json.gz"))[:1]), "train")
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    prepare(corpus, tmp_path / "cache", tokenizer=tokenizer)
+    keys = {"tokenizer": tokenizer, "sequence_length": 128, "block_documents": 60}
+    plain = walk(corpus, [16] * 40, **keys)
+    assert walk(corpus, [16] * 40, prepared=found(corpus, tmp_path / "cache", tokenizer), **keys) == plain
 
 
 @pytest.mark.parametrize("part", ["all", "train", "validation"])
@@ -371,6 +398,32 @@ def test_a_cache_that_cannot_be_written_is_an_error(corpus, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(StorageError, match="cannot write"):
         prepare(corpus, tmp_path / "cache")
+
+
+def test_a_disk_that_fills_up_leaves_nothing(corpus, tmp_path, monkeypatch):
+    def full(self, batch, made):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(prepared_writing._Writer, "add", full)
+    with pytest.raises(StorageError, match="no space left"):
+        prepare(corpus, tmp_path / "cache")
+    monkeypatch.undo()
+    assert list((tmp_path / "cache").rglob("*.bin")) == []
+    assert len(prepare(corpus, tmp_path / "cache")) == 3
+
+
+def test_a_copy_is_read_to_its_end_once(corpus, tmp_path, monkeypatch):
+    prepare(corpus, tmp_path / "cache")
+    for shard in corpus.shards:
+        os.utime(shard, (1, 1))
+    hashed = []
+    real = prepared_format.file_sha256
+    monkeypatch.setattr(prepared_format, "file_sha256", lambda path: hashed.append(path) or real(path))
+    with Preparation(WordTokenizer(), tmp_path / "cache", workers=0) as preparation:
+        assert all(preparation.find(shard) for shard in corpus.shards)
+        assert hashed == list(corpus.shards)
+    assert len(found(corpus, tmp_path / "cache").entries) == 3
+    assert len(hashed) == 3
 
 
 def test_two_that_want_the_same_shard_make_it_once(corpus, tmp_path, monkeypatch):

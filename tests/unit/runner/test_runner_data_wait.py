@@ -1,5 +1,6 @@
 """A run that waits for data is told so, once and for good reason."""
 
+from blockllm_cli.runner import data_wait
 from blockllm_cli.runner.data_wait import DataWait
 
 
@@ -20,3 +21,13 @@ def test_little_waiting_is_not_spoken_of():
     wait = DataWait(workers=1)
     assert [wait.look(waited, trained) for waited, trained in ((0, 0), (1.9, 1), (2, 40), (5, 100))] == [None] * 4
     assert wait.look(6, 100) is not None
+
+
+def test_a_run_that_waits_says_so(tiny, monkeypatch):
+    monkeypatch.setattr(data_wait, "MIN_WAITED_SECONDS", 0.0)
+    monkeypatch.setattr(data_wait, "WARNED_SHARE", -1.0)
+    run = tiny.run("schedule.steps=3", "schedule.warmup=1")
+    assert run.output.count("of the training time so far went into waiting for data") == 1
+    assert "went into waiting" not in (run.folder / "metrics.jsonl").read_text()
+    waited = run.column("time/data_wait_seconds")
+    assert waited == sorted(waited)
