@@ -95,6 +95,19 @@ def test_only_what_the_run_reads_is_prepared_in_its_order(tiny, data):
     same_run(tiny.run(*SIX), run)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("layout", ["pack", "truncate"])
+def test_what_is_prepared_is_all_that_the_run_tokenises(tiny, data, monkeypatch, seed, layout):
+    """With a validation set that is held out of the same files, which it reads in an order of its own."""
+    recipe = tiny.recipe.read_text()
+    tiny.recipe.write_text("".join(line for line in recipe.splitlines(True) if not line.startswith("validation")))
+    keys = (f"data.seed={seed}", f"data.layout={layout}", "data.block_documents=4", "evaluate.tokens=100", *SIX)
+    report = prepared(data, *(f"--set={key}" for key in keys))
+    assert 1 <= len(report["made"]) <= 2
+    monkeypatch.setattr(inputs.Tokenizer, "encode", None)
+    assert tiny.run(*keys, *data.keys[len(SIX) :]).summary["status"] == "completed"
+
+
 def test_the_check_finds_damage_that_sizes_do_not_show(data):
     prepared(data, "--all")
     ids = sorted(data.cache.rglob("ids.bin"))[0]
