@@ -72,8 +72,8 @@ def odd_corpus(tmp_path) -> Corpus:
     whole = gzip.compress(b"\n".join(lines_of(300)), mtime=0)
     contents = {
         "a.json.gz": whole[: len(whole) // 2],
-        "b.jsonl": b'\xef\xbb\xbf{"text": 3}\n{"text": "one two"}\r\n\n\n{"text": " "}\n{"text": "a \\ud800 b"}\nbroken\n'
-        b'{"text": "end"}',
+        "b.jsonl": b'\xef\xbb\xbf{"text": 3}\n{"text": "one two"}\r\n\n\n{"text": " "}\n'
+        b'{"text": "a \\ud800 b"}\nbroken\n{"text": "end"}',
         "c.txt": b"first\nparagraph here\n\n\nsecond one\n\n \n\xff\n\nlast",
         "d.jsonl": b"",
         "e.jsonl": b"broken\n",

@@ -95,17 +95,23 @@ def test_only_what_the_run_reads_is_prepared_in_its_order(tiny, data):
     same_run(tiny.run(*SIX), run)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1])  # with 1 the first shard of training is another one than that of validation
 @pytest.mark.parametrize("layout", ["pack", "truncate"])
 def test_what_is_prepared_is_all_that_the_run_tokenises(tiny, data, monkeypatch, seed, layout):
     """With a validation set that is held out of the same files, which it reads in an order of its own."""
     recipe = tiny.recipe.read_text()
     tiny.recipe.write_text("".join(line for line in recipe.splitlines(True) if not line.startswith("validation")))
-    keys = (f"data.seed={seed}", f"data.layout={layout}", "data.block_documents=4", "evaluate.tokens=100", *SIX)
-    report = prepared(data, *(f"--set={key}" for key in keys))
-    assert 1 <= len(report["made"]) <= 2
+    keys = (
+        f"data.seed={seed}",
+        f"data.layout={layout}",
+        "data.block_documents=4",
+        "evaluate.tokens=100",
+        "schedule.steps=2",
+    )
+    report = prepared(data, *(f"--set={key}" for key in ("schedule.warmup=1", *keys)))
+    assert len(report["made"]) == (1 if seed == 0 else 2)
     monkeypatch.setattr(inputs.Tokenizer, "encode", None)
-    assert tiny.run(*keys, *data.keys[len(SIX) :]).summary["status"] == "completed"
+    assert tiny.run("schedule.warmup=1", *keys, *data.keys[len(SIX) :]).summary["status"] == "completed"
 
 
 def test_the_check_finds_damage_that_sizes_do_not_show(data):
