@@ -10,7 +10,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Options for the command of a run, such as ARGS="--set run.seed=1".
 ARGS ?=
-# C4-shaped shards and the longest sitting, for `make tables`.
+# C4-shaped shards, for `make bench` and `make tables`; and the longest sitting of the latter.
 DATA ?= $(if $(BLOCKLLM_SHARED),$(BLOCKLLM_SHARED)/data/realtext/en)
 MINUTES ?= 60
 NVIDIA ?= $(shell test -e /proc/driver/nvidia/version && echo yes)
@@ -57,11 +57,13 @@ format: $(DEV)  ## Put the code into its one format.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(DEV)  ## Measure the loss against the plain one, the sketch against its product, updates against adamw's, tracking.
+bench: $(DEV)  ## Measure loss, sketch, updates and tracking against plain ones, and with DATA the pipeline.
 	$(BIN)/python bench/loss.py
 	$(BIN)/python bench/sketch.py
 	$(BIN)/python bench/step_time.py
 	$(BIN)/python bench/tracking.py
+	@if [ -n "$(DATA)" ]; then $(BIN)/python bench/data.py --data "$(DATA)"; \
+		else echo "bench/data.py needs real text: make bench DATA=FOLDER (C4-shaped shards)"; fi
 
 tables: $(DEV)  ## Make the tables in docs/: run missing cells, for at most MINUTES (60). DATA names the shards.
 	@test -n "$(DATA)" || { echo "make tables needs real text: make tables DATA=FOLDER (C4-shaped shards), or set BLOCKLLM_SHARED"; exit 2; }

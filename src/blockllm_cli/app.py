@@ -40,6 +40,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "track": CommandEntry("track:track", "Send a run to Weights & Biases afterwards.", "Runs"),
     "recipes": CommandEntry("recipes:app", "List, show and copy the recipes that come with blockllm.", "Recipes"),
     "validate": CommandEntry("validate:validate", "Check a recipe, and print every value it leads to.", "Recipes"),
+    "data": CommandEntry("data:app", "Tokenise the data of a recipe ahead of its runs, and look at rows.", "Recipes"),
     "methods": CommandEntry("methods:app", "List the training methods, describe or check one.", "Recipes"),
     "doctor": CommandEntry("doctor:doctor", "Look at this machine: versions, devices, speed, disk.", "Machine"),
 }

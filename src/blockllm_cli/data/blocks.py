@@ -8,7 +8,7 @@ A document moves within its block and with its shard, no further: that is the mi
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from blockllm_cli.data.corpus import Corpus
-from blockllm_cli.data.reader import Position, ShardReader
-from blockllm_cli.data.records import BadDocument, Document
+from blockllm_cli.data.prepared import NOTHING_PREPARED, Ids, PreparedDocument, PreparedShards
+from blockllm_cli.data.reader import Position
+from blockllm_cli.data.records import BadDocument, Document, EmptyDocument
 from blockllm_cli.data.rows import Layout, Pieces, Rows, has_target, rows_from_documents
 from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.errors import StopRequested
@@ -41,6 +42,10 @@ class Encoder(Protocol):
     @property
     def eos_id(self) -> int:
         """Id that ends a document."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces; ids are below it."""
 
     @property
     def model_bytes(self) -> bytes:
@@ -87,7 +92,8 @@ class TextBlock:
         index: number of the block in its epoch, from 0.
         start: where reading it begins.
         labels: `shard:line` of each good document, in file order.
-        texts: text of each good document, in file order.
+        texts: text of each good document, or its ids where they are prepared, in file order.
+        bytes: of these texts in UTF-8.
         bad: (file, document) of each bad document met.
         empty: empty documents met.
         surrogates: lone surrogates replaced.
@@ -98,7 +104,8 @@ class TextBlock:
     index: int
     start: Cursor
     labels: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    texts: list[str | Ids] = field(default_factory=list)
+    bytes: int = 0
     bad: list[tuple[str, BadDocument]] = field(default_factory=list)
     empty: int = 0
     surrogates: int = 0
@@ -112,6 +119,7 @@ def read_blocks(
     epoch: int = 0,
     index: int = 0,
     start: Cursor | None = None,
+    prepared: PreparedShards = NOTHING_PREPARED,
     should_stop: StopCheck = never,
 ) -> Generator[TextBlock, None, None]:
     """Yield the blocks of one epoch from block `index`, which begins at `start`, to its last.
@@ -128,24 +136,32 @@ def read_blocks(
     block = TextBlock(epoch, index, place)
     for number in range(place.shard, len(order)):
         shard = corpus.shards[order[number]]
-        reader = ShardReader(shard, Position(place.line, place.offset) if number == place.shard else None, should_stop)
+        begin = Position(place.line, place.offset) if number == place.shard else None
+        reader = prepared.reader(shard, begin, should_stop)
         for record in reader:
             if isinstance(record, BadDocument):
                 block.bad.append((str(shard), record))
                 if len(block.bad) > settings.max_bad_documents:
                     yield block
                     return
-            elif not isinstance(record, Document):
+            elif isinstance(record, EmptyDocument):
                 block.empty += 1
-            elif corpus.holds(record.text):
+            elif _belongs(record, corpus):
                 block.labels.append(f"{names[order[number]]}:{record.line}")
-                block.texts.append(record.text)
+                block.texts.append(record.text if isinstance(record, Document) else record.ids)
+                block.bytes += record.bytes
                 block.surrogates += record.surrogates
                 if len(block.texts) == settings.block_documents:
                     yield block
                     block = TextBlock(epoch, block.index + 1, Cursor(number, *reader.position))
     block.is_last = True
     yield block
+
+
+def _belongs(record: Document | PreparedDocument, corpus: Corpus) -> bool:
+    if isinstance(record, Document):
+        return corpus.holds(record.text)
+    return corpus.part == "all" or record.held_out == (corpus.part == "validation")
 
 
 @dataclass(frozen=True)
@@ -176,12 +192,16 @@ def build_block(
     return lay_out(documents, [block.labels[i] for i in order], encoder, settings)
 
 
-def encoded(texts: list[str], encoder: Encoder, should_stop: StopCheck = never) -> Iterator[Pieces]:
-    """Token ids of each text, made a few texts at a time."""
+def encoded(texts: Sequence[str | Ids], encoder: Encoder, should_stop: StopCheck = never) -> Iterator[Pieces]:
+    """Token ids of each text, made a few texts at a time; those that are there already are passed on."""
     for begin in range(0, len(texts), _ENCODED_AT_ONCE):
         if should_stop():
             raise StopRequested
-        yield from encoder.encode(texts[begin : begin + _ENCODED_AT_ONCE])
+        part = texts[begin : begin + _ENCODED_AT_ONCE]
+        fresh = [text for text in part if isinstance(text, str)]
+        made = iter(encoder.encode(fresh) if fresh else ())
+        for text in part:
+            yield next(made) if isinstance(text, str) else text.astype(np.int32)
 
 
 def lay_out(documents: list[Pieces], labels: list[str], encoder: Encoder, settings: StreamSettings) -> BuiltBlock:

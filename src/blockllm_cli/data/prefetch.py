@@ -6,9 +6,11 @@ import queue
 import threading
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 
 from blockllm_cli.data.blocks import BuiltBlock, Cursor, Encoder, StreamSettings, TextBlock, build_block, read_blocks
 from blockllm_cli.data.corpus import Corpus
+from blockllm_cli.data.prepared import NOTHING_PREPARED, PreparedShards
 from blockllm_cli.data.stopping import StopCheck
 from blockllm_cli.data.workers import WorkerPool
 from blockllm_cli.errors import StopRequested
@@ -28,6 +30,7 @@ class BlockSource:
         epoch: epoch of the first block.
         index: number of the first block in its epoch.
         start: where that block begins.
+        prepared: shards whose ids are read in place of their text.
     """
 
     def __init__(
@@ -39,8 +42,10 @@ class BlockSource:
         epoch: int,
         index: int,
         start: Cursor | None,
+        prepared: PreparedShards = NOTHING_PREPARED,
     ) -> None:
         self._corpus = corpus
+        self._prepared = prepared
         self._encoder = encoder
         self._settings = settings
         self._closed = threading.Event()
@@ -48,7 +53,9 @@ class BlockSource:
         self._received = 0
         self._current: TextBlock | None = None
         self._failure: Exception | None = None
-        self._pool = WorkerPool(encoder, settings) if settings.workers else None
+        self._pool: WorkerPool[TextBlock, BuiltBlock] | None = None
+        if settings.workers:
+            self._pool = WorkerPool(encoder, partial(build_block, settings=settings), settings.workers)
         self._reader = threading.Thread(
             target=self._read, args=(epoch, index, start), name="blockllm-reader", daemon=True
         )
@@ -117,6 +124,7 @@ class BlockSource:
                     epoch=epoch,
                     index=index,
                     start=start,
+                    prepared=self._prepared,
                     should_stop=self._closed.is_set,
                 )
                 with closing(blocks):

@@ -20,6 +20,11 @@ class Document(NamedTuple):
     text: str
     surrogates: int
 
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+        return len(self.text.encode("utf-8"))
+
 
 class EmptyDocument(NamedTuple):
     """A document without a visible character."""

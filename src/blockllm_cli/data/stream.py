@@ -3,6 +3,9 @@
 Everything that `take` returns, rows and events alike, depends on what has been consumed and never on what has been
 read ahead, so that a resumed run repeats the unbroken one. The state is a few hundred bytes of plain JSON; continuing
 from it reads at most the block in progress again, and passes over what lies before it in that shard unparsed.
+
+The position counts rows of all ranks, and every rank walks the same blocks: a checkpoint of any number of ranks is
+continued by any other number, and the ranks come to the end of the data in the same `take`.
 """
 
 from __future__ import annotations
@@ -28,16 +31,26 @@ from blockllm_cli.data.blocks import (
 )
 from blockllm_cli.data.corpus import Corpus
 from blockllm_cli.data.prefetch import BlockSource
+from blockllm_cli.data.prepared import NOTHING_PREPARED, PreparedShards
 from blockllm_cli.data.rows import Pieces, Rows
 from blockllm_cli.data.stopping import Progress, StopCheck, never, unheard
 from blockllm_cli.errors import InputError
 
-__all__ = ["RowStream", "StreamSettings", "Taken", "rows_digest", "validation_rows"]
+__all__ = [
+    "VALIDATION_SEED",
+    "RowStream",
+    "StreamSettings",
+    "Taken",
+    "rank_share",
+    "rows_digest",
+    "validation_rows",
+]
 
 Event = dict[str, Any]
 
 _NAMED_AT_LIMIT = 3
-_VALIDATION_SEED = 0
+VALIDATION_SEED = 0
+"""Of the order of validation documents, whatever the seed of the run."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +58,10 @@ class Taken:
     """What one `take` brought.
 
     Attributes:
-        rows: exactly as many as were asked for.
+        rows: exactly as many as were asked for, those of all ranks: what is summed and hashed over an update is known
+            to each of them, and `RowStream.own` gives the part that it trains on.
         events: what was met on the way, each a plain dict with a `kind`: `bad_document` (file, line, reason) or `epoch`
-            (epoch: passes completed).
+            (epoch: passes completed). The same on every rank.
     """
 
     rows: Rows
@@ -93,9 +107,12 @@ class RowStream:
         corpus: the documents.
         tokenizer: what turns them into pieces; workers make their own from its class and `model_bytes`.
         settings: what decides the rows.
-        state: what `state()` gave, to continue from there; None begins at the first row.
+        state: what `state()` gave on any rank, to continue from there; None begins at the first row.
         should_stop: asked every few hundredths of a second while `take` waits or builds; once true, `take` raises
             `StopRequested`, keeps what it has gathered, and may be called again for as many rows.
+        prepared: shards whose ids are read in place of their text; the rows and the state do not depend on it.
+        rank: which of the `world_size` processes that train together this is.
+        world_size: how many these are.
 
     Attributes:
         events_at_end: empty until `take` has returned None; then what was met after the last rows that were given, and
@@ -113,8 +130,13 @@ class RowStream:
         settings: StreamSettings,
         state: Mapping[str, Any] | None = None,
         should_stop: StopCheck = never,
+        prepared: PreparedShards = NOTHING_PREPARED,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._settings = settings
+        self._rank = rank
+        self._world_size = world_size
         self._should_stop = should_stop
         self._fingerprint = corpus.fingerprint()
         if state is None:
@@ -142,6 +164,7 @@ class RowStream:
             epoch=state["epoch"],
             index=state["block"],
             start=Cursor(*state["cursor"]),
+            prepared=prepared,
         )
 
     def __enter__(self) -> RowStream:
@@ -166,6 +189,9 @@ class RowStream:
     def take(self, count: int) -> Taken | None:
         """The next `count` rows, or None if the stream ends before (`on_exhausted = "stop"`); see `events_at_end`.
 
+        Args:
+            count: rows of all ranks together; every rank asks for the same number.
+
         Raises:
             InputError: too many bad documents, no usable row in a whole pass, or a file that cannot be read.
             BlockLLMError: a worker is gone.
@@ -187,6 +213,10 @@ class RowStream:
         self._gathered, self._events = [], []
         self._state = self._position()
         return taken
+
+    def own(self, rows: Rows) -> Rows:
+        """What this rank trains on, of the rows of an update; all, where there is one rank."""
+        return rows[rank_share(len(rows), self._rank, self._world_size)]
 
     def _advance(self) -> None:
         """Go on to the next block, over the end of an epoch if it stands there."""
@@ -230,6 +260,15 @@ class RowStream:
         }
 
 
+def rank_share(count: int, rank: int, world_size: int) -> slice:
+    """The rows of an update that one rank trains on, out of `count`.
+
+    Shares are contiguous and differ by one row at most, so that no rank waits long for another, and together they are
+    all rows in their order. With fewer rows than ranks some share is empty.
+    """
+    return slice(count * rank // world_size, count * (rank + 1) // world_size)
+
+
 def validation_rows(
     corpus: Corpus,
     tokenizer: Encoder,
@@ -238,6 +277,7 @@ def validation_rows(
     *,
     report: Callable[[Event], None] | None = None,
     should_stop: StopCheck = never,
+    prepared: PreparedShards = NOTHING_PREPARED,
     progress: Progress = unheard,
 ) -> Rows:
     """The fixed rows of a run's evaluations: the first ones of `corpus` that together have `tokens` targets, or all.
@@ -252,17 +292,18 @@ def validation_rows(
         report: told of `bad_document` events, unless the training stream reads the same files and reports them, and of
             `validation_short` (targets, wanted) where the corpus has fewer.
         should_stop: asked every few documents.
+        prepared: shards whose ids are read in place of their text.
         progress: told the targets so far, of `tokens`.
 
     Raises:
         InputError: no usable row, too many bad documents, or a file that cannot be read.
         StopRequested: `should_stop` became true.
     """
-    settings = replace(settings, seed=_VALIDATION_SEED)
+    settings = replace(settings, seed=VALIDATION_SEED)
     counts = Counts()
     parts: list[Rows] = []
     missing = tokens
-    for block in read_blocks(corpus, settings=settings, should_stop=should_stop):
+    for block in read_blocks(corpus, settings=settings, prepared=prepared, should_stop=should_stop):
         built = _built_up_to(missing, block, tokenizer, settings, should_stop, _from(tokens - missing, progress))
         counts.add(block, built)
         _check_bad(block, counts, settings)

@@ -33,6 +33,7 @@ class Tokenizer:
         eos_id: id that ends a document.
         bos_id: id that begins a document. A model without one (T5) has none to spend: its `eos_id` stands here, so that
             between two documents there is always the same mark.
+        unk_id: id of what the model has no pieces for.
 
     Raises:
         InputError: the bytes are no sentencepiece model, or the model has no piece that ends a text.
@@ -54,6 +55,7 @@ class Tokenizer:
             raise InputError("the tokenizer model has no piece that ends a text (eos), which training needs")
         bos_id = self._processor.bos_id()
         self.bos_id: int = bos_id if bos_id >= 0 else self.eos_id
+        self.unk_id: int = self._processor.unk_id()
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
         return type(self), (self.model_bytes,)
@@ -73,8 +75,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bos and eos vanish, and ids past the vocabulary (a model may have more) read as unknown."""
-        unknown = self._processor.unk_id()
-        known = [int(i) if 0 <= i < self.vocab_size else unknown for i in ids]
+        known = [int(i) if 0 <= i < self.vocab_size else self.unk_id for i in ids]
         text: str = self._processor.decode(known)
         return text
 

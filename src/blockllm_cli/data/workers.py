@@ -1,9 +1,9 @@
-"""Processes that tokenise blocks, started by spawn, that cannot outlive the run nor be stopped by its signals.
+"""Processes that tokenise, started by spawn, that cannot outlive the run nor be stopped by its signals.
 
-Each worker is fed and answers through one pipe, blocks are dealt round-robin and answers fetched in the same order, so
-the number of workers never shows in the rows. The pipe is also the lifeline: when the main process is gone, however it
-ended, the worker reads the end of its pipe and leaves. SIGINT and SIGTERM, which reach a whole process group, are
-blocked in workers from their first instruction on: only the main process decides what a signal means.
+Each worker is fed and answers through one pipe, items are dealt round-robin and answers fetched in the same order, so
+the number of workers never shows in what comes of them. The pipe is also the lifeline: when the main process is gone,
+however it ended, the worker reads the end of its pipe and leaves. SIGINT and SIGTERM, which reach a whole process
+group, are blocked in workers from their first instruction on: only the main process decides what a signal means.
 """
 
 from __future__ import annotations
@@ -17,22 +17,40 @@ from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from typing import Any, Generic, TypeVar
 
-from blockllm_cli.data.blocks import BuiltBlock, Encoder, StreamSettings, TextBlock, build_block
+from blockllm_cli.data.blocks import Encoder
 from blockllm_cli.data.stopping import StopCheck
 from blockllm_cli.errors import BlockLLMError, StopRequested
 
 _POLL_SECONDS = 0.05
 
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
-class WorkerPool:
-    """`settings.workers` processes that build blocks.
 
-    `send` may be called by another thread than `receive`. Block k goes to worker k modulo their number; `receive` must
+class WorkerPool(Generic[Item, Answer]):
+    """Processes that make answers of items.
+
+    `send` may be called by another thread than `receive`. Item k goes to worker k modulo their number; `receive` must
     be called for k = 0, 1, 2, ... in turn.
+
+    Args:
+        encoder: the tokenizer; each worker makes its own from the class and `model_bytes`.
+        work: what a worker does with an item and its tokenizer; it is pickled.
+        count: number of processes, at least 1.
+        remedy: what to do where a worker was killed for want of memory.
     """
 
-    def __init__(self, encoder: Encoder, settings: StreamSettings) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        work: Callable[[Item, Encoder], Answer],
+        count: int,
+        *,
+        remedy: str = "lower data.workers or data.block_documents; data.workers = 0 tokenises in the main process",
+    ) -> None:
+        self._remedy = remedy
         context = multiprocessing.get_context("spawn")
         self._processes: list[SpawnProcess] = []
         self._connections: list[Connection] = []
@@ -40,11 +58,11 @@ class WorkerPool:
         resource_tracker.ensure_running()  # where it starts on demand, it ends by unblocking signals
         try:
             with _signals_blocked():
-                for i in range(settings.workers):
+                for i in range(count):
                     ours, theirs = context.Pipe()
                     process = context.Process(
                         target=_serve,
-                        args=(theirs, type(encoder), encoder.model_bytes, settings),
+                        args=(theirs, type(encoder), encoder.model_bytes, work),
                         name=f"blockllm-data-{i}",
                         daemon=True,
                     )
@@ -57,23 +75,23 @@ class WorkerPool:
             self.close()
             raise
 
-    def send(self, number: int, block: TextBlock) -> None:
-        """Hand block `number` to its worker; waits while that worker is busy.
+    def send(self, number: int, item: Item) -> None:
+        """Hand item `number` to its worker; waits while that worker is busy.
 
         Raises:
             BlockLLMError: the worker is gone.
         """
         try:
-            self._connections[number % len(self._connections)].send(block)
+            self._connections[number % len(self._connections)].send(item)
         except OSError as error:
             raise self._death(number) from error
 
-    def receive(self, number: int, should_stop: StopCheck) -> BuiltBlock:
-        """The rows of block `number`.
+    def receive(self, number: int, should_stop: StopCheck) -> Answer:
+        """What became of item `number`.
 
         Raises:
             BlockLLMError: the worker is gone.
-            RuntimeError: building the block failed; the text is the worker's traceback.
+            RuntimeError: the work failed; the text is the worker's traceback.
             StopRequested: `should_stop` became true; the call can be repeated.
         """
         connection = self._connections[number % len(self._connections)]
@@ -81,12 +99,13 @@ class WorkerPool:
             if should_stop():
                 raise StopRequested
         try:
-            answer: BuiltBlock | str = connection.recv()
+            answer, failure = connection.recv()
         except (EOFError, OSError) as error:
             raise self._death(number) from error
-        if isinstance(answer, str):
-            raise RuntimeError(f"a data worker failed:\n{answer}")
-        return answer
+        if failure is not None:
+            raise RuntimeError(f"a data worker failed:\n{failure}")
+        made: Answer = answer
+        return made
 
     def kill(self) -> None:
         """End all workers at once, wait for them, and thereby free a thread that waits in `send`."""
@@ -110,8 +129,7 @@ class WorkerPool:
         process.join(1.0)
         return BlockLLMError(
             f"the data worker with process id {process.pid} ended (exit code {process.exitcode}) while it was needed. "
-            "If the system killed it for memory (-9), lower data.workers or data.block_documents; data.workers = 0 "
-            "tokenises in the main process"
+            f"If the system killed it for memory (-9), {self._remedy}"
         )
 
 
@@ -126,20 +144,24 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _serve(
-    connection: Connection, encoder_class: Callable[[bytes], Encoder], model_bytes: bytes, settings: StreamSettings
+    connection: Connection,
+    encoder_class: Callable[[bytes], Encoder],
+    model_bytes: bytes,
+    work: Callable[[Any, Encoder], Any],
 ) -> None:
-    """Body of a worker: answer each `TextBlock` with a `BuiltBlock`, or with the traceback of what went wrong."""
+    """Body of a worker: answer each item with what becomes of it and None, or None and a traceback."""
     with contextlib.suppress(EOFError, OSError):  # the main process has closed the pipe or is gone
         try:
             encoder = encoder_class(model_bytes)
         except Exception:
             connection.recv()
-            connection.send(traceback.format_exc())
+            connection.send((None, traceback.format_exc()))
             return
         while True:
-            block: TextBlock = connection.recv()
+            item = connection.recv()
+            answer, failure = None, None
             try:
-                answer: BuiltBlock | str = build_block(block, encoder, settings)
+                answer = work(item, encoder)
             except Exception:
-                answer = traceback.format_exc()
-            connection.send(answer)
+                failure = traceback.format_exc()
+            connection.send((answer, failure))

@@ -15,6 +15,7 @@ from blockllm_cli.errors import DivergedError, InputError, InterruptedRunError, 
 from blockllm_cli.memory.measure import MemoryMeter, process_memory
 from blockllm_cli.recipe.sections import Recipe
 from blockllm_cli.recipe.steps import total_steps
+from blockllm_cli.runner.data_wait import DataWait
 from blockllm_cli.runner.inputs import Inputs
 from blockllm_cli.runner.watchdog import Watchdog
 from blockllm_cli.tracking.run_folder import EVENTS, METRICS, ROWS, JsonLines, RunFolder
@@ -108,6 +109,7 @@ class Loop:
         self._steps = total_steps(recipe)
         self._started = time.perf_counter()
         self._window = _Window()
+        self._data_wait = DataWait(recipe.data.workers)
         self._metrics = JsonLines(folder.path / METRICS)
         self._events = JsonLines(folder.path / EVENTS)
         self._rows = JsonLines(folder.path / ROWS) if recipe.tracking.log_rows else None
@@ -230,6 +232,8 @@ class Loop:
             targets=window.targets, slots=window.slots, seconds=window.seconds, updates=window.updates
         )
         row[metrics.DATA_WAIT_SECONDS] = self._stream.waited_seconds
+        if warning := self._data_wait.look(self._stream.waited_seconds, sum(self.step_seconds)):
+            self._terminal.warn(warning)
         return row
 
     def _evaluate_and_log(self, row: metrics.Row) -> None:

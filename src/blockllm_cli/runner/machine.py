@@ -50,7 +50,7 @@ def choose_machine(loaded: LoadedRecipe) -> Machine:
     """
     run = loaded.recipe.run
     device = _device(loaded)
-    threads = run.threads or _cores()
+    threads = run.threads or usable_cores()
     deterministic = run.deterministic if run.deterministic is not None else device.type == "cpu"
     return Machine(device, threads, deterministic)
 
@@ -68,7 +68,7 @@ def _device(loaded: LoadedRecipe) -> torch.device:
     return torch.device(named)
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Cores this process may use; hyper-threads do not speed products up."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
@@ -115,7 +115,7 @@ def describe_environment(machine: Machine) -> dict[str, Any]:
         "versions": versions(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": _cores(),
+        "cores": usable_cores(),
         "threads": machine.threads,
         "memory_bytes": psutil.virtual_memory().total,
         "device": device,

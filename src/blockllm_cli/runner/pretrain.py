@@ -247,6 +247,7 @@ class _Run:
             settings=self.inputs.settings,
             state=checkpoint.state["data"] if checkpoint else None,
             should_stop=self.watchdog,
+            prepared=self.inputs.prepared,
         )
         try:
             yield stream

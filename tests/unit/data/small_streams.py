@@ -8,6 +8,7 @@ from pathlib import Path
 from word_tokenizer import WordTokenizer
 
 from blockllm_cli.data.corpus import Corpus
+from blockllm_cli.data.prepared import NOTHING_PREPARED
 from blockllm_cli.data.stream import RowStream, StreamSettings
 
 
@@ -42,8 +43,9 @@ def taken(stream: RowStream, counts) -> list[tuple]:
     return found
 
 
-def walk(corpus: Corpus, counts, *, tokenizer=None, state=None, **keys) -> list[tuple]:
-    with RowStream(corpus, tokenizer or WordTokenizer(), settings=settings(**keys), state=state) as stream:
+def walk(corpus: Corpus, counts, *, tokenizer=None, state=None, prepared=NOTHING_PREPARED, **keys) -> list[tuple]:
+    encoder = tokenizer or WordTokenizer()
+    with RowStream(corpus, encoder, settings=settings(**keys), state=state, prepared=prepared) as stream:
         return taken(stream, counts)
 
 

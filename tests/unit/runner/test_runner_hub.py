@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import shutil
 import threading
 import time
 
 import pytest
 
+from blockllm_cli.app import main
 from blockllm_cli.errors import InputError, InterruptedRunError
 from blockllm_cli.hub import shards
 from support.hub import C4, Rule, like_c4, other_content, refused, reset_after, trickle, truncated_to
@@ -230,3 +232,19 @@ def test_parquet_of_the_hub_is_fetched_whole_and_read(hub, tiny):
     hub.add("some/one", "data/train-00000-of-00001.parquet", buffer.getvalue())
     run = tiny.run("data.corpus=hub", "data.repository=some/one", STEPS, stop_after=2)
     assert run.summary["status"] == "stopped"
+
+
+def test_what_was_prepared_needs_no_network_and_no_fetched_files(c4, tiny, from_files, tmp_path, capsys, monkeypatch):
+    """R24: found by content, while nothing of the hub can be reached and its files are gone from the cache."""
+    cache = tmp_path / "cache"
+    keys = (*FROM_HUB, f"data.cache={cache}")
+    arguments = [part for key in keys for part in ("--set", key)]
+    assert main(["data", "prepare", str(tiny.recipe), "--all", "--workers", "0", "--json", *arguments]) == 0
+    assert len(json.loads(capsys.readouterr().out)["made"]) == 4
+    shutil.rmtree(cache / "hub" / "shards")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = len(c4.requests)
+    run = tiny.run(*keys)
+    assert "4 of 4 shards are prepared" in run.output
+    assert len(c4.requests) == before
+    same(run, from_files)
