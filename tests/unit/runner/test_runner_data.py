@@ -104,8 +104,8 @@ def test_what_is_prepared_is_all_that_the_run_tokenises(tiny, data, monkeypatch,
     keys = (
         f"data.seed={seed}",
         f"data.layout={layout}",
-        "data.block_documents=4",
-        "evaluate.tokens=100",
+        "data.block_documents=1",
+        "evaluate.tokens=20",
         "schedule.steps=2",
     )
     report = prepared(data, *(f"--set={key}" for key in ("schedule.warmup=1", *keys)))
