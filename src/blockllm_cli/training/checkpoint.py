@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from blockllm_cli.durable import file_sha256, storage_errors, sweep, sync_file, sync_folder, write_json, write_text
 from blockllm_cli.errors import DivergedError, InputError
+from blockllm_cli.model.weights import StoredTensors
 
 FORMAT = 1
 WEIGHTS, METHOD, STATE, MANIFEST, LATEST = (
@@ -63,30 +64,6 @@ class Checkpoint:
     def method(self) -> Mapping[str, Any]:
         """The method's state: plain values beside its tensors, which are read one by one as they are asked for."""
         return MethodState(self.state["method"], StoredTensors(self.folder / METHOD))
-
-
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name; each is read when it is asked for and not kept."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            opened: Any = safe_open(path, framework="pt", device="cpu")  # untyped
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"cannot read {path}: {error}") from error
-        self._file = opened
-        self._names: list[str] = list(opened.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class MethodState(Mapping[str, Any]):
