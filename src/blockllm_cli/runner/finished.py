@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from blockllm_cli.data.tokenizer import Tokenizer, load_tokenizer
+from blockllm_cli.data.tokenizer import AnyTokenizer, load_tokenizer
 from blockllm_cli.errors import InputError, InterruptedRunError, RecipeError, StopRequested
 from blockllm_cli.methods.resolve import Resolved, resolve_recipe
 from blockllm_cli.model.config import llama_config
@@ -44,7 +44,7 @@ class OpenedRun:
     folder: RunFolder
     resolved: Resolved
     checkpoint: Checkpoint
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     model: LlamaForCausalLM
     device: torch.device
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from blockllm_cli.data.tokenizer import Tokenizer, load_tokenizer
+from blockllm_cli.data.tokenizer import AnyTokenizer, load_tokenizer
 from blockllm_cli.durable import file_sha256, write_json
 from blockllm_cli.errors import BlockLLMError, InputError
 from blockllm_cli.methods.resolve import Resolved
@@ -81,14 +81,14 @@ def open_initial(
         assert config is not None  # it has just been read
         hashes = {CONFIG_FILE: file_sha256(config), **weights.file_hashes(watchdog)}
     before = read_record(folder) if folder is not None else None
-    if before is not None and before["files"] != hashes:
+    if folder is not None and before is not None and before["files"] != hashes:
         raise InputError(f"model.init: {name} is not what the run in {folder.path} began with; put the files back")
     _compare_tokenizers(files, inputs.tokenizer, terminal)
     return InitialModel(name, hashes, weights)
 
 
-def _compare_tokenizers(files: InitialFiles, tokenizer: Tokenizer, terminal: Terminal) -> None:
-    """Say so if the tokenizer beside the weights gives other ids than the run's; one that cannot be read is no matter."""
+def _compare_tokenizers(files: InitialFiles, tokenizer: AnyTokenizer, terminal: Terminal) -> None:
+    """Say so if the tokenizer beside the weights gives other ids than the run's; one that cannot be read may."""
     for name in ("tokenizer.model", "tokenizer.json"):
         with suppress(BlockLLMError):
             path = files.find(name)
