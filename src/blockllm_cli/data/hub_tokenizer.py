@@ -1,4 +1,4 @@
-"""Tokenizers of a hub: the sentencepiece model, or else the tokenizer.json, that a repository holds beside its weights."""
+"""Tokenizers of a hub: the sentencepiece model, or else the tokenizer.json, beside the weights of a repository."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def hub_tokenizer_file(repository: str, link: Link, should_stop: StopCheck) -> P
             hub_file(repository, name, kind="model", link=link, should_stop=should_stop)
         return found
     raise InputError(
-        f"tokenizer.path: {repository} holds no sentencepiece model ({', '.join(MODEL_FILES)}) and no {TOKENIZER_JSON}; "
+        f"tokenizer.path: {repository} holds no sentencepiece model ({', '.join(MODEL_FILES)}) and no "
+        f"{TOKENIZER_JSON}; "
         'name another repository, or a file with tokenizer.source = "file"'
     )

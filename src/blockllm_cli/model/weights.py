@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from blockllm_cli.durable import sync_file
 from blockllm_cli.errors import InputError
 
 
@@ -40,6 +44,23 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors` (any device) as a safetensors file and sync it.
+
+    Raises:
+        OSError: the disk refuses; the number is that of the cause, whatever words the library has for it.
+    """
+    content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(content, path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        # The library reports a full disk in words only; the number is what `storage_errors` explains.
+        code = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        number = int(next(group for group in code.groups() if group)) if code else 0
+        raise OSError(number, os.strerror(number) if number else str(error), str(path)) from error
+    sync_file(path)
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
