@@ -4,11 +4,11 @@ The file is written here as the plain JSON it is, so that an export needs neithe
 installed the export compares ids. What has to be said so that they are equal:
 
 - BPE. Sentencepiece joins the two neighbours that make the piece of highest score, the leftmost two of several;
-  `tokenizers` has a ranked list of pairs. Of two overlapping ways to make one piece, A+B and B+C of a run A B C, the
-  piece repeats itself after len(A) characters, so pairs split at such a period come before the other pairs of a piece.
+  `tokenizers` has a ranked list of pairs, so every pair of pieces that makes a piece is listed under its score.
 - Unigram. The same search over the same scores, in double where sentencepiece adds in single precision: of two
   segmentations that are equally likely, as in a run of one character, each library takes its own.
-- Pieces that no text may become (`<s>`, `<0x0A>`) make no pair in BPE, and get a score that always loses in unigram.
+- Pieces that no text may become (`<s>`, `<0x0A>`) make no pair in BPE. In unigram they get a score that loses against
+  all their letters, and where a letter has no piece, text is cut around such letters.
 - The space before a text (`add_dummy_prefix`), which an empty text does not get, and spaces as U+2581.
 """
 
@@ -58,7 +58,7 @@ def tokenizer_json(model_bytes: bytes, *, opening: int | None) -> dict[str, Any]
             if piece.kind in ("control", "unknown")
         ],
         "normalizer": _sequence("normalizers", list(_normalizers(model))),
-        "pre_tokenizer": None,
+        "pre_tokenizer": _cut_at_unknown(model) if model.algorithm == "unigram" else None,
         "post_processor": None if opening is None else _template(model.pieces[opening].text, opening),
         "decoder": _sequence("decoders", list(_decoders(model))),
         "model": _bpe(model) if model.algorithm == "bpe" else _unigram(model),
@@ -76,6 +76,21 @@ def _check_expressible(model: SentencePieceModel) -> None:
                 f"the sentencepiece model has the {piece.kind.replace('_', '-')} piece {piece.text!r}, which "
                 "tokenizer.json cannot say so that ids stay equal"
             )
+
+
+def _cut_at_unknown(model: SentencePieceModel) -> dict[str, Any] | None:
+    """Cut text around runs of unknown characters, if the name of a piece that no text may become has one in it.
+
+    No piece goes over such a cut, so it changes nothing else. None: not needed, or not possible, since a piece has a
+    character without a piece of its own, which sentencepiece's training never makes.
+    """
+    normal = [piece.text for piece in model.pieces if piece.kind == "normal"]
+    known = {text for text in normal if len(text) == 1}
+    reserved = {letter for piece in model.pieces if piece.kind != "normal" for letter in piece.text}
+    if reserved <= known or not all(known.issuperset(text) for text in normal):
+        return None
+    letters = "".join(f"\\x{{{ord(letter):x}}}" for letter in sorted(known))
+    return {"type": "Split", "pattern": {"Regex": f"[^{letters}]+"}, "behavior": "Isolated", "invert": False}
 
 
 def _normalizers(model: SentencePieceModel) -> Iterator[dict[str, Any]]:
@@ -134,13 +149,13 @@ def _bpe(model: SentencePieceModel) -> dict[str, Any]:
 
 
 def _merges(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, in the order in which pairs are joined; see the module."""
+    """Every pair of pieces that makes a piece, by falling score of the piece: the order in which pairs are joined."""
     ranked = sorted((-piece.score, index, piece.text) for index, piece in enumerate(pieces) if piece.kind == "normal")
     known = {text for _, _, text in ranked}
     for _, _, text in ranked:
-        cuts = [cut for cut in range(1, len(text)) if text[:cut] in known and text[cut:] in known]
-        for cut in sorted(cuts, key=lambda cut: text[cut:] != text[:-cut]):
-            yield text[:cut], text[cut:]
+        for cut in range(1, len(text)):
+            if text[:cut] in known and text[cut:] in known:
+                yield text[:cut], text[cut:]
 
 
 def _unigram(model: SentencePieceModel) -> dict[str, Any]:
