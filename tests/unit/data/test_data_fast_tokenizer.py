@@ -140,15 +140,15 @@ def test_without_the_package_the_way_out_is_named(file: Path, tiny_tokenizer: Pa
 
 
 def test_bytes_that_were_not_packed_are_refused(file: Path) -> None:
-    with pytest.raises(InputError, match="kept from a tokenizer.json"):
+    with pytest.raises(InputError, match="that was kept from"):
         FastTokenizer(file.read_bytes())
 
 
 def test_a_run_trains_with_it_and_its_copy_is_enough(tiny, file: Path) -> None:
-    run = tiny.run(f"tokenizer.path={file}", "model.vocab_size=400", "schedule.steps=4", "data.workers=1")
+    run = tiny.run(f"tokenizer.path={file}", "model.vocab_size=400", "schedule.steps=5", "data.workers=1")
     assert run.summary["tokenizer_sha256"] == load_tokenizer(file).sha256
-    cut = tiny.run(f"tokenizer.path={file}", "model.vocab_size=400", "schedule.steps=4", stop_after=2)
+    cut = tiny.run(f"tokenizer.path={file}", "model.vocab_size=400", "schedule.steps=5", stop_after=2)
     for each in file.parent.glob("*.json"):
         each.unlink()
-    again = tiny.run(f"tokenizer.path={file}", "model.vocab_size=400", "schedule.steps=4", resume=cut.folder)
+    again = tiny.run(f"tokenizer.path={file}", "model.vocab_size=400", "schedule.steps=5", resume=cut.folder)
     assert again.summary["train_rows_sha256"] == run.summary["train_rows_sha256"]
