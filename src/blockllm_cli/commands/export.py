@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from blockllm_cli.commands.options import JsonOption
+from blockllm_cli.commands.options import JsonOption, QuietOption, RunArgument, StepOption
+from blockllm_cli.commands.output import open_terminal, print_json
 
 if TYPE_CHECKING:
     from blockllm_cli.runner.export import Exported
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    to: Annotated[Path, typer.Option(help="Folder to make; it must not exist, or be empty.")],
-    step: Annotated[int | None, typer.Option(help="Which checkpoint, by its update; the newest if left out.")] = None,
+    run: RunArgument,
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to make; it must not exist, or be empty.")],
+    step: StepOption = None,
     dtype: Annotated[
         Literal["fp32", "bf16"] | None,
-        typer.Option(help="Type of the stored weights; that of the run's weights if left out."),
+        typer.Option(help="Type of the stored weights, fp32 or bf16; that of the run's weights if left out."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that was exported there.")] = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a run's model as a folder that Hugging Face transformers loads, tokenizer and model card included.
 
     Example: blockllm export runs/quickstart/RUN --to models/quickstart
     """
-    from rich.console import Console
-
     from blockllm_cli.runner.export import ExportRequest, export_run
-    from blockllm_cli.tracking.terminal import Terminal
 
-    # With --json, stdout carries the object alone.
-    with Terminal(Console(stderr=True, highlight=False) if as_json else None) as terminal:
+    with open_terminal(as_json=as_json, quiet=quiet) as terminal:
         exported = export_run(ExportRequest(run, to, step, dtype, overwrite), terminal)
-        if not as_json:
-            terminal.table(f"{exported.run}, update {exported.step}", _rows(exported))
-            for note in _notes(exported):
-                terminal.say(f"note: {note}")
-            terminal.say(str(exported.folder))
-            return
-    print(json.dumps(exported.to_json(), indent=2, allow_nan=False))
+        terminal.table(f"{exported.run}, update {exported.step}", _rows(exported))
+        for note in _notes(exported):
+            terminal.say(f"note: {note}")
+    if as_json:
+        print_json(exported.to_json())
+    else:
+        print(exported.folder)
 
 
 def _rows(exported: Exported) -> list[tuple[str, str]]:

@@ -177,17 +177,20 @@ def _write(
         run.folder.summary(),
         marks.opening is not None,
     )
+    total = sum(weight.numel() * DTYPES[dtype].itemsize for weight in weights.values())
     with (
-        terminal.working(f"writing the weights of update {step} in {dtype}"),
         storage_errors(to, "write", option="--to"),
+        terminal.progress(f"writing the weights of update {step} in {dtype}", total=total, unit="bytes") as progress,
     ):
-        write_weights(folder, weights, DTYPES[dtype], should_stop, shard_bytes=request.shard_bytes)
+        write_weights(
+            folder, weights, DTYPES[dtype], should_stop, shard_bytes=request.shard_bytes, wrote=progress.advance
+        )
         write_configs(folder, config, DTYPES[dtype], positions, marks)
         problem = write_tokenizer(folder, run.tokenizer, positions, marks)
         write_page(folder / CARD, card.text())
     if should_stop():
         raise StopRequested
-    with terminal.working("comparing what was written with the run"):
+    with terminal.progress("comparing what was written with the run"):
         comparison = compare(folder, weights, DTYPES[dtype], run.tokenizer, config)
     if should_stop():
         raise StopRequested

@@ -57,6 +57,7 @@ def write_weights(
     should_stop: Callable[[], bool],
     *,
     shard_bytes: int = SHARD_BYTES,
+    wrote: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write `weights` in `dtype` as one safetensors file, or as several with an index.
 
@@ -66,6 +67,7 @@ def write_weights(
         dtype: of the stored tensors.
         should_stop: looked at before each file.
         shard_bytes: most bytes of tensors in one file; a larger tensor has one of its own.
+        wrote: told of the bytes of each file.
 
     Raises:
         OSError: the disk refuses.
@@ -80,6 +82,7 @@ def write_weights(
         file = WEIGHTS_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         save_tensors({name: weights[name].to("cpu", dtype) for name in names}, folder / file, {"format": "pt"})
         places.update(dict.fromkeys(names, file))
+        wrote(sum(weights[name].numel() * dtype.itemsize for name in names))
     if count > 1:
         total = sum(weight.numel() * dtype.itemsize for weight in weights.values())
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})

@@ -73,7 +73,7 @@ def open_initial(
     name = resolved.recipe.model.init
     if name is None:
         return None
-    with terminal.working(f"reading the initial model, {name}"):
+    with terminal.progress(f"reading the initial model, {name}"):
         files = initial_files(name, watchdog.link, watchdog)
         check_agreement(resolved.recipe.model, files.config(), resolved.loaded.error)
         weights = InitialWeights(files, inputs.config)

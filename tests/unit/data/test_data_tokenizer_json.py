@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from blockllm_cli.data.sentencepiece_file import read_sentencepiece
 from blockllm_cli.data.tokenizer import Tokenizer
 from blockllm_cli.data.tokenizer_json import tokenizer_json
-from blockllm_cli.data.tokenizer_training import train_tokenizer
+from blockllm_cli.data.tokenizer_training import draw_sample, train_tokenizer
 from blockllm_cli.errors import InputError
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -36,9 +36,8 @@ AWKWARD = [
 
 
 def trained(texts, kind: str, vocab_size: int) -> bytes:
-    return train_tokenizer(
-        texts, vocab_size=vocab_size, kind=kind, sample_bytes=2**22, seed=0, should_stop=lambda: False
-    ).model_bytes
+    sample = draw_sample(texts, sample_bytes=2**22, seed=0)
+    return train_tokenizer(sample, vocab_size=vocab_size, kind=kind).model_bytes
 
 
 def opened(model_bytes: bytes, opening: int | None = None):

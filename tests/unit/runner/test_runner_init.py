@@ -146,15 +146,14 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_r28(begun):
 
 
 def test_another_tokenizer_beside_the_weights_is_noted(begun):
-    from blockllm_cli.data.tokenizer_training import train_tokenizer
+    from blockllm_cli.data.tokenizer_training import draw_sample, train_tokenizer
 
     tiny, folder = begun
     written_checkpoint(folder)
     shutil.copy(tiny.tokenizer, folder / "tokenizer.model")
     assert "note: the tokenizer" not in tiny.run(*SHORT).output
-    other = train_tokenizer(
-        ["other words entirely"] * 9, vocab_size=270, kind="bpe", sample_bytes=999, seed=0, should_stop=lambda: False
-    )
+    sample = draw_sample(["other words entirely"] * 9, sample_bytes=999, seed=0)
+    other = train_tokenizer(sample, vocab_size=270, kind="bpe")
     (folder / "tokenizer.model").write_bytes(other.model_bytes)
     assert "note: the tokenizer of this run is not the one beside the initial model" in tiny.run(*SHORT).output
 
