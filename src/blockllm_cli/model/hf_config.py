@@ -123,7 +123,7 @@ def config_json(config: LlamaConfig, *, dtype: str, positions: int, bos_id: int 
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "max_position_embeddings": positions,
-        # transformers 4 reads rope_theta, 5 the table.
+        # transformers 4 knows rope_theta alone; 5 has this table, and takes rope_theta where it is missing.
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,

@@ -148,6 +148,8 @@ def write_tokenizer(folder: Path, tokenizer: AnyTokenizer, positions: int, marks
             **{name: token for name, token in names.items() if token is not None},
             "clean_up_tokenization_spaces": False,
             "model_max_length": positions,
+            # transformers 4 would otherwise give token types, which a Llama does not take.
+            "model_input_names": ["input_ids", "attention_mask"],
             # A text that holds "</s>" is a text with five such characters, as it was in training.
             "split_special_tokens": True,
         },

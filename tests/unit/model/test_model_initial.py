@@ -98,6 +98,7 @@ def test_config_json_comes_back(tmp_path):
     config = small_config(rope_theta=12_345.0, rms_norm_eps=3e-5, tie_word_embeddings=True, initializer_range=0.5)
     content = config_json(config, dtype="bfloat16", positions=8, bos_id=1, eos_id=2)
     assert architecture(content, "here") == config
+    assert content["rope_parameters"] == {"rope_type": "default", "rope_theta": 12_345.0}
     # What transformers takes for granted may be left out.
     bare = {key: content[key] for key in ("model_type", *list(vars(small_config()))[:5])}
     assert architecture(bare, "here") == small_config(num_key_value_heads=4)
