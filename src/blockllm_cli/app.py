@@ -36,6 +36,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "pretrain": CommandEntry("pretrain:pretrain", "Train a Llama from a recipe, or go on with a run.", "Runs"),
     "evaluate": CommandEntry("evaluate:evaluate", "Compute the perplexity of a run.", "Runs"),
     "generate": CommandEntry("generate:generate", "Continue a prompt with the model of a run.", "Runs"),
+    "export": CommandEntry("export:export", "Write a run's model for Hugging Face transformers.", "Runs"),
     "inspect": CommandEntry("inspect:inspect", "Show which block of a run was trained when, and why.", "Runs"),
     "track": CommandEntry("track:track", "Send a run to Weights & Biases afterwards.", "Runs"),
     "recipes": CommandEntry("recipes:app", "List, show and copy the recipes that come with blockllm.", "Recipes"),

@@ -20,29 +20,30 @@ from blockllm_cli.units import format_bytes
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path, doing: str) -> Iterator[None]:
+def storage_errors(path: Path, doing: str, *, option: str = "--output") -> Iterator[None]:
     """Turn an OSError inside the block into a StorageError such as "cannot write PATH: no space left (12 MiB free)".
 
     Args:
         path: what is written, named in the message.
         doing: the verb, such as "write".
+        option: flag that names another place.
     """
     try:
         yield
     except OSError as error:
-        raise storage_error(path, doing, error) from error
+        raise storage_error(path, doing, error, option=option) from error
 
 
-def storage_error(path: Path, doing: str, error: OSError) -> StorageError:
+def storage_error(path: Path, doing: str, error: OSError, *, option: str = "--output") -> StorageError:
     """The message for one failure of the disk, with what can be done about it."""
     reason = error.strerror or str(error)
     advice = {
-        errno.ENOSPC: "free some space, or write elsewhere with --output",
-        errno.EDQUOT: "the quota is used up: free some space, or write elsewhere with --output",
+        errno.ENOSPC: f"free some space, or write elsewhere with {option}",
+        errno.EDQUOT: f"the quota is used up: free some space, or write elsewhere with {option}",
         errno.EFBIG: "the process may not write files this large (ulimit -f)",
-        errno.EROFS: "the file system is read-only: write elsewhere with --output",
-        errno.EACCES: "no permission: write elsewhere with --output",
-    }.get(error.errno or 0, "check the disk, or write elsewhere with --output")
+        errno.EROFS: f"the file system is read-only: write elsewhere with {option}",
+        errno.EACCES: f"no permission: write elsewhere with {option}",
+    }.get(error.errno or 0, f"check the disk, or write elsewhere with {option}")
     return StorageError(f"cannot {doing} {path}: {reason} ({_free_space(path)}); {advice}")
 
 

@@ -228,7 +228,9 @@ class _Answer(BaseHTTPRequestHandler):
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _missing(self, code: str) -> None:
-        self.send(404, b"{}", {"X-Error-Code": code, "X-Error-Message": "not here"})
+        # That of the repository, if there is one: the client keeps in mind which files a commit has not.
+        commit = {"X-Repo-Commit": self.hub.commit} if code == "EntryNotFound" else {}
+        self.send(404, b"{}", {"X-Error-Code": code, "X-Error-Message": "not here", **commit})
 
     def _paths(self, kind: str, repository: str) -> list[str]:
         return [path for a, b, path in self.hub.files if (a, b) == (kind, repository)]

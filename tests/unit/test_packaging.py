@@ -19,7 +19,7 @@ from support.tiny import TinyRuns
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-OPTIONAL = ("datasets", "wandb", "pyarrow", "pandas", "transformers", "matplotlib")
+OPTIONAL = ("datasets", "wandb", "pyarrow", "pandas", "transformers", "tokenizers", "matplotlib")
 TARGETS = [
     "setup",
     "quickstart",

@@ -1,7 +1,7 @@
 """A sentencepiece model as the rest of the program sees it: text in, int32 ids out, an identity that can be compared.
 
 Models come from a file or from `tokenizer_training`. The papers' T5 model (32,000 pieces, unigram) and Llama's (BPE
-with byte fallback) are both such files.
+with byte fallback) are both such files. A tokenizer.json, the other form in use, is read by `fast_tokenizer`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from blockllm_cli.data.fast_tokenizer import SPECIAL_TOKENS, TOKENIZER_CONFIG, FastTokenizer, is_json, packed
 from blockllm_cli.errors import InputError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -100,19 +101,28 @@ class Tokenizer:
         return digest.hexdigest()
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer whose sentencepiece model is the file at `path`.
+AnyTokenizer = Tokenizer | FastTokenizer
+"""What `load_tokenizer` gives: both have the same attributes and methods."""
+
+
+def load_tokenizer(path: Path) -> AnyTokenizer:
+    """The tokenizer in the file at `path`: a sentencepiece model, or a tokenizer.json, told by their content.
+
+    A tokenizer.json needs a `tokenizer_config.json` or `special_tokens_map.json` beside it, which names the token that
+    ends a text; `tokenizer.model` of a run holds all of it.
 
     Raises:
-        InputError: there is no such file, it cannot be read, or it is no usable model; the message names the path.
+        InputError: there is no such file, it cannot be read, or it is no usable tokenizer; the message names the path.
     """
     try:
-        model_bytes = path.read_bytes()
+        content = path.read_bytes()
+        if is_json(content):
+            content = packed(content, [path.with_name(TOKENIZER_CONFIG), path.with_name(SPECIAL_TOKENS)])
+            return FastTokenizer(content)
+        return Tokenizer(content)
     except FileNotFoundError:
         raise InputError(f"tokenizer model {path}: there is no such file") from None
     except OSError as error:
         raise InputError(f"tokenizer model {path}: cannot be read ({error.strerror})") from error
-    try:
-        return Tokenizer(model_bytes)
     except InputError as error:
         raise InputError(f"tokenizer model {path}: {error}") from error

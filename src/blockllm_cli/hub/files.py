@@ -80,10 +80,13 @@ def _download(repository: str, filename: str, kind: Kind, revision: str | None) 
         raise InputError(f"{filename} of {repository} cannot be kept: {error}") from error
 
 
-def _kept(repository: str, filename: str, kind: Kind, revision: str | None, failure: str) -> Path:
+def _kept(repository: str, filename: str, kind: Kind, revision: str | None, failure: str) -> Path | None:
+    """The file as it was fetched before; None if the repository was found not to have it then."""
     from huggingface_hub import try_to_load_from_cache
 
     kept = try_to_load_from_cache(repository, filename, repo_type=kind, revision=revision)
-    if not isinstance(kept, str):
+    if kept is not None and not isinstance(kept, str):
+        return None
+    if kept is None:
         raise InputError(f"{failure}, and it was not fetched before. What works {OFFLINE_WAYS}")
     return Path(kept)

@@ -20,6 +20,7 @@ from blockllm_cli.errors import RecipeError
 from blockllm_cli.methods.base import Hyperparameters, Method, MethodFacts, MethodOptions, Rates, Setting
 from blockllm_cli.methods.registry import method_class, method_names, suggest_method
 from blockllm_cli.model.config import LlamaConfig, llama_config
+from blockllm_cli.model.initial import with_initial_architecture
 from blockllm_cli.optim.precision import Precision, precision_of
 from blockllm_cli.recipe.files import shown
 from blockllm_cli.recipe.kinds import parse_text
@@ -122,8 +123,10 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
     Raises:
         RecipeError: the method, one of its options or the architecture is refused; one line per problem.
     """
-    recipe = loaded.recipe
     _check_run_seed(loaded)
+    given = loaded.recipe.model
+    recipe = loaded.recipe.model_copy(update={"model": with_initial_architecture(given, loaded.error)})
+    loaded = replace(loaded, recipe=recipe)
     config = assumed_config(recipe.model, recipe.tokenizer, error=loaded.error)
     method = _class_of(recipe.method["name"], loaded.line)
     size, published = nearest_hyperparameters(method.facts, config)
@@ -133,6 +136,7 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
     source = f"from: {method.name}, {size}, {published.source}"
     sections, comments = _filled_sections(loaded, published, source)
     variant = getattr(options, "variant", None)
+    comments.update({f"model.{key}": f"from model.init, {given.init}" for key in _filled(given, recipe.model)})
     default = f"default of {method.name}" + (f", variant {variant}" if variant in method.facts.variants[1:] else "")
     for key in set(type(options).model_fields) - set(recipe.method):
         comments[f"method.{key}"] = source if key in published.options else default
@@ -148,6 +152,12 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
         raise RecipeError(joined([loaded.line(problem) for problem in problems]))
     _check_plan(resolved, config)
     return resolved
+
+
+def _filled(given: Section, now: Section) -> list[str]:
+    """Keys of a table that have a value now and had none."""
+    fields = type(now).model_fields
+    return [key for key in fields if getattr(given, key) is None and getattr(now, key) is not None]
 
 
 def _layerwise_problems(resolved: Resolved) -> Iterator[Problem]:
@@ -255,10 +265,12 @@ def _draft_problems(draft: Draft) -> list[str]:
     model, tokenizer = draft.sections.get("model"), draft.sections.get("tokenizer")
     config = None
     if isinstance(model, Model) and isinstance(tokenizer, Tokenizer):
+
+        def error_of(key: str, problem: str, *, fix: str = "") -> RecipeError:
+            return RecipeError(draft.line(Problem(key, problem, fix)))
+
         try:
-            config = assumed_config(
-                model, tokenizer, error=lambda key, text, *, fix="": RecipeError(draft.line(Problem(key, text, fix)))
-            )
+            config = assumed_config(with_initial_architecture(model, error_of), tokenizer, error=error_of)
         except RecipeError as error:
             lines.append(str(error))
     if isinstance(draft.method.get("name"), str):

@@ -163,7 +163,9 @@ def llama_config(model: Model, *, tokenizer_vocab_size: int, error: ErrorFactory
         raise error(
             "model.vocab_size",
             f"is {values['vocab_size']}, but the tokenizer has {tokenizer_vocab_size} pieces",
-            fix=f"raise it to at least {tokenizer_vocab_size}, or leave it out",
+            fix=f"raise it to at least {tokenizer_vocab_size}, or leave it out"
+            if model.init is None
+            else f"the rows are those of model.init ({model.init}): use the tokenizer that it was trained with",
         )
     return LlamaConfig(**values)
 

@@ -6,7 +6,7 @@ Letters: B rows, L positions, D hidden size, H heads, K head width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -182,12 +182,30 @@ def build_model(
     A matrix depends on `seed`, its name and its shape alone: it is drawn in fp32 on the CPU, then rounded to `dtype`
     and moved to `device`, one at a time, so that at most one fp32 matrix exists beside the model.
     """
+    return model_of(
+        config,
+        lambda name, shape: initial_values(name, shape, config.initializer_range, seed),
+        dtype=dtype,
+        device=device,
+        checkpoint_activations=checkpoint_activations,
+    )
+
+
+def model_of(
+    config: LlamaConfig,
+    values: Callable[[str, Sequence[int]], Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    checkpoint_activations: bool = False,
+) -> LlamaForCausalLM:
+    """A model whose parameters are `values(name, shape)`, asked for one at a time, in `dtype` and on `device`."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config, checkpoint_activations=checkpoint_activations)
     for name, placeholder in list(model.named_parameters()):
-        values = initial_values(name, placeholder.shape, config.initializer_range, seed)
+        made = values(name, placeholder.shape)
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(values.to(device=device, dtype=dtype)))
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(made.to(device=device, dtype=dtype)))
     return model
 
 

@@ -1,13 +1,66 @@
-"""Putting stored weights into a model: strict, in place."""
+"""Stored weights, read tensor by tensor, and put into a model: strict, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from blockllm_cli.durable import sync_file
 from blockllm_cli.errors import InputError
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name; each is read when it is asked for and not kept."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            opened: Any = safe_open(path, framework="pt", device="cpu")  # untyped
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"cannot read {path}: {error}") from error
+        self._file = opened
+        self._names: list[str] = list(opened.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def form(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype (in safetensors' words, such as "BF16") of a tensor, which is not read for it."""
+        stored = self._file.get_slice(name)
+        return tuple(stored.get_shape()), str(stored.get_dtype())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors` (any device) as a safetensors file and sync it.
+
+    Raises:
+        OSError: the disk refuses; the number is that of the cause, whatever words the library has for it.
+    """
+    content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(content, path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        # The library reports a full disk in words only; the number is what `storage_errors` explains.
+        code = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        number = int(next(group for group in code.groups() if group)) if code else 0
+        raise OSError(number, os.strerror(number) if number else str(error), str(path)) from error
+    sync_file(path)
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -83,6 +83,12 @@ class Model(Section):
         False, description="recompute each layer in the backward pass instead of keeping its activations"
     )
     seed: int | None = Field(None, ge=0, le=SEED_LIMIT, description="seed of the initial weights; absent: from run")
+    init: str | None = Field(
+        None,
+        min_length=1,
+        description="Llama to begin with, architecture included: a folder with config.json and .safetensors, or "
+        "owner/name[@revision] of the hub; absent: weights are drawn",
+    )
 
 
 class Tokenizer(Section):
@@ -92,7 +98,8 @@ class Tokenizer(Section):
     path: str | None = Field(
         None,
         min_length=1,
-        description='sentencepiece model (source = "file"), or repository on the hub, as owner/name (source = "hub")',
+        description='sentencepiece model or tokenizer.json (source = "file"), or repository on the hub, as owner/name '
+        '(source = "hub")',
     )
     vocab_size: int | None = Field(
         None, ge=260, description='pieces to train (source = "train"); 256 of them are bytes'

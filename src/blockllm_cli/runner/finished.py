@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from blockllm_cli.data.tokenizer import Tokenizer, load_tokenizer
+from blockllm_cli.data.tokenizer import AnyTokenizer, load_tokenizer
 from blockllm_cli.errors import InputError, InterruptedRunError, RecipeError, StopRequested
 from blockllm_cli.methods.resolve import Resolved, resolve_recipe
 from blockllm_cli.model.config import llama_config
@@ -44,7 +44,7 @@ class OpenedRun:
     folder: RunFolder
     resolved: Resolved
     checkpoint: Checkpoint
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     model: LlamaForCausalLM
     device: torch.device
 
@@ -136,16 +136,17 @@ def _evaluate(run: OpenedRun, terminal: Terminal, should_stop: Callable[[], bool
 def generate_text(
     run: OpenedRun, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, seed: int
 ) -> str:
-    """`prompt` continued by the run's model."""
-    ids = [run.tokenizer.bos_id, *run.tokenizer.encode([prompt])[0].tolist()]
+    """`prompt` continued by the run's model; it begins as the rows of training did, with a mark or without one."""
+    ids = run.tokenizer.encode([prompt])[0].tolist()
+    opening = [run.tokenizer.bos_id] if run.resolved.recipe.data.layout == "pack" or not ids else []
     generator = torch.Generator(device=run.device).manual_seed(seed)
     made = generate(
         run.model,
-        ids,
+        [*opening, *ids],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         generator=generator,
         stop_id=run.tokenizer.eos_id,
     )
-    return run.tokenizer.decode([*ids[1:], *made])
+    return run.tokenizer.decode([*ids, *made])

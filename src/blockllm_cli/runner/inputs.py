@@ -12,7 +12,7 @@ from blockllm_cli.data.hub_tokenizer import hub_tokenizer_file
 from blockllm_cli.data.prepared import PreparedShards, find_prepared
 from blockllm_cli.data.rows import Rows
 from blockllm_cli.data.stream import StreamSettings, rows_digest, validation_rows
-from blockllm_cli.data.tokenizer import Tokenizer, load_tokenizer
+from blockllm_cli.data.tokenizer import AnyTokenizer, Tokenizer, load_tokenizer
 from blockllm_cli.data.tokenizer_cache import keep_tokenizer, kept_tokenizer, tokenizer_place
 from blockllm_cli.data.tokenizer_training import TrainedTokenizer, draw_sample, train_tokenizer
 from blockllm_cli.errors import StorageError
@@ -51,7 +51,7 @@ class Inputs:
     """
 
     train: Corpus
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     config: LlamaConfig
     validation: Rows
     validation_sha256: str
@@ -149,7 +149,7 @@ def opened_tokenizer(
     folder: RunFolder | None,
     terminal: Terminal,
     watchdog: Watchdog,
-) -> Tokenizer:
+) -> AnyTokenizer:
     """The tokenizer of the recipe, or of the run in `folder`; see `prepare_inputs`."""
     if folder is not None:
         return load_tokenizer(folder.path / TOKENIZER)

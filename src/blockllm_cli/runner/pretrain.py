@@ -16,11 +16,12 @@ from blockllm_cli.memory.measure import MemoryMeter
 from blockllm_cli.memory.plan import Plan, plan_run
 from blockllm_cli.methods.base import Method
 from blockllm_cli.methods.resolve import Resolved, resolve_recipe
-from blockllm_cli.model.llama import LlamaForCausalLM, build_model, equal_to_initial
+from blockllm_cli.model.llama import LlamaForCausalLM
 from blockllm_cli.model.weights import load_weights
 from blockllm_cli.recipe.dump import dump_recipe
 from blockllm_cli.recipe.load import load_recipe
 from blockllm_cli.recipe.steps import total_steps, warmup_steps
+from blockllm_cli.runner.initial import InitialModel, begin, open_initial, still_initial, write_record
 from blockllm_cli.runner.inputs import Inputs, prepare_inputs
 from blockllm_cli.runner.loop import Loop, Observed
 from blockllm_cli.runner.machine import (
@@ -88,9 +89,11 @@ def pretrain(request: PretrainRequest, terminal: Terminal) -> Path:
         watchdog = Watchdog(stop, terminal.say, resolved.recipe.data.retry_seconds)
         try:
             inputs = prepare_inputs(resolved, folder, terminal, watchdog)
+            is_new = folder is None or not steps_on_disk(folder.checkpoints)
+            initial = open_initial(resolved, inputs, folder, terminal, watchdog) if is_new else None
         except StopRequested as error:
             raise _interrupted_early(stop, folder) from error
-        return _Run(request, resolved, machine, inputs, terminal, stop, watchdog).carry_out(folder, stack)
+        return _Run(request, resolved, machine, inputs, initial, terminal, stop, watchdog).carry_out(folder, stack)
 
 
 def _open(request: PretrainRequest) -> tuple[Resolved, RunFolder | None]:
@@ -131,6 +134,7 @@ class _Run:
         resolved: Resolved,
         machine: Machine,
         inputs: Inputs,
+        initial: InitialModel | None,
         terminal: Terminal,
         stop: StopFlag,
         watchdog: Watchdog,
@@ -138,6 +142,7 @@ class _Run:
         self.request = request
         self.machine = machine
         self.inputs = inputs
+        self.initial = initial
         self.terminal = terminal
         self.stop = stop
         self.watchdog = watchdog
@@ -180,6 +185,8 @@ class _Run:
                 # All that can refuse a resume comes before the first change to the folder.
                 with self.terminal.progress("building the model"):
                     trainer = self._trainer(checkpoint, stream)
+                if self.initial is not None:
+                    write_record(folder, self.initial)
                 if resumed:
                     self._continue(folder, checkpoint)
                 # It ends with the stack: after the summary, before the folder's lock.
@@ -311,15 +318,7 @@ class _Run:
         )
 
     def _model(self, checkpoint: Checkpoint | None) -> LlamaForCausalLM:
-        seed = self.recipe.model.seed
-        assert seed is not None  # filled when the recipe was resolved
-        model = build_model(
-            self.inputs.config,
-            seed=seed,
-            dtype=self.precision.weights,
-            device=self.machine.device,
-            checkpoint_activations=self.recipe.model.checkpoint_activations,
-        )
+        model = begin(self.resolved, self.inputs, self.initial, self.precision, self.machine.device)
         if checkpoint is not None:
             load_weights(model, checkpoint.weights())
         return model
@@ -341,7 +340,9 @@ class _Run:
     def _finish(self, folder: RunFolder, loop: Loop) -> Path:
         status = "stopped" if loop.stopped_early else "completed"
         message = f"stopped after update {loop.step}, as asked" if loop.stopped_early else "completed"
-        unmoved = self._unmoved(loop.trainer.model)
+        model = loop.trainer.model
+        trained = [name for name, _ in model.named_parameters() if self.method.trains(name)]
+        unmoved = still_initial(model, trained, self.resolved, folder)
         write_summary(folder, self._outcome(status, 0, message, loop, unmoved))
         if unmoved:
             self.terminal.say(f"note: {_unmoved_note(unmoved, self.method)}")
@@ -359,13 +360,6 @@ class _Run:
         # The disk may be what failed: then the first error is the one to show.
         with contextlib.suppress(BlockLLMError):
             write_summary(folder, self._outcome(status, code, str(error) or type(error).__name__, loop))
-
-    def _unmoved(self, model: LlamaForCausalLM) -> list[str]:
-        """Trained parameters that are as they were drawn; one tensor is drawn again at a time."""
-        seed = self.recipe.model.seed
-        assert seed is not None  # filled when the recipe was resolved
-        trained = [name for name, _ in model.named_parameters() if self.method.trains(name)]
-        return equal_to_initial(model, trained, seed=seed)
 
     def _outcome(
         self, status: str, code: int, message: str, loop: Loop | None, unmoved: list[str] | None = None
@@ -385,9 +379,9 @@ class _Run:
 
 
 def _unmoved_note(unmoved: Sequence[str], method: Method) -> str:
-    """What log and terminal say of trained parameters that are as they were drawn."""
+    """What log and terminal say of trained parameters that are as the run began."""
     first = ", ".join(unmoved[:3]) + (", ..." if len(unmoved) > 3 else "")
     return (
-        f"{len(unmoved)} of the tensors that {method.name} trains still have the values they were drawn with: {first} "
+        f"{len(unmoved)} of the tensors that {method.name} trains still have the values they began with: {first} "
         "(`unmoved` in summary.json lists them)"
     )

@@ -12,6 +12,7 @@ from blockllm_cli.memory.plan import Plan
 from blockllm_cli.methods.base import Method
 from blockllm_cli.methods.resolve import Resolved
 from blockllm_cli.recipe.dump import recipe_sha256
+from blockllm_cli.runner.initial import read_record
 from blockllm_cli.runner.inputs import Inputs
 from blockllm_cli.runner.loop import Loop
 from blockllm_cli.runner.machine import Machine, versions
@@ -27,7 +28,7 @@ class Outcome:
         exit_code: of the process.
         message: one sentence.
         loop: None when it never began.
-        unmoved: trained parameters that are as they were drawn; None unless the run came to an end of its own.
+        unmoved: trained parameters that are as the run began; None unless the run came to an end of its own.
     """
 
     status: str
@@ -48,7 +49,9 @@ def write_summary(folder: RunFolder, outcome: Outcome) -> None:
     Raises:
         StorageError: the disk refuses.
     """
-    folder.write_summary(_identity(folder, outcome) | _numbers(outcome) | _memory(outcome) | _provenance(outcome))
+    folder.write_summary(
+        _identity(folder, outcome) | _numbers(outcome) | _memory(outcome) | _provenance(folder, outcome)
+    )
 
 
 def _identity(folder: RunFolder, outcome: Outcome) -> dict[str, Any]:
@@ -106,13 +109,15 @@ def _memory(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _provenance(outcome: Outcome) -> dict[str, Any]:
+def _provenance(folder: RunFolder, outcome: Outcome) -> dict[str, Any]:
     recipe, loop = outcome.resolved.recipe, outcome.loop
+    initial = read_record(folder)
     return {
         "recipe_sha256": recipe_sha256(recipe),
         "train_rows_sha256": loop.trainer.state.rows_digest.hex() if loop else None,
         "validation_sha256": outcome.inputs.validation_sha256,
         "tokenizer_sha256": outcome.inputs.tokenizer.sha256,
+        "init": {key: initial[key] for key in ("name", "files")} if initial else None,
         "versions": versions(),
         "device": str(outcome.machine.device),
         "seed": recipe.run.seed,

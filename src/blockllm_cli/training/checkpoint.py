@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from blockllm_cli.durable import file_sha256, storage_errors, sweep, sync_file, sync_folder, write_json, write_text
+from blockllm_cli.durable import file_sha256, storage_errors, sweep, sync_folder, write_json, write_text
 from blockllm_cli.errors import DivergedError, InputError
+from blockllm_cli.model.weights import StoredTensors, save_tensors
 
 FORMAT = 1
 WEIGHTS, METHOD, STATE, MANIFEST, LATEST = (
@@ -63,30 +62,6 @@ class Checkpoint:
     def method(self) -> Mapping[str, Any]:
         """The method's state: plain values beside its tensors, which are read one by one as they are asked for."""
         return MethodState(self.state["method"], StoredTensors(self.folder / METHOD))
-
-
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name; each is read when it is asked for and not kept."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            opened: Any = safe_open(path, framework="pt", device="cpu")  # untyped
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"cannot read {path}: {error}") from error
-        self._file = opened
-        self._names: list[str] = list(opened.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class MethodState(Mapping[str, Any]):
@@ -146,8 +121,8 @@ def save_checkpoint(
         sweep(checkpoints)
         beside.mkdir(parents=True)
         try:
-            _save_tensors(weights, beside / WEIGHTS)
-            _save_tensors(tensors, beside / METHOD)
+            save_tensors(weights, beside / WEIGHTS)
+            save_tensors(tensors, beside / METHOD)
             write_json(beside / STATE, {**state, "step": step, "method": plain})
             files = {
                 name: {"bytes": (beside / name).stat().st_size, "sha256": file_sha256(beside / name)}
@@ -193,17 +168,6 @@ def _check_finite(weights: Mapping[str, Tensor], step: int) -> None:
                 f"update {step} left {name} with a value that is not finite, so no checkpoint was written over the "
                 "healthy ones before it; lower schedule.learning_rate or set schedule.clip = 1.0"
             )
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        # The library reports a full disk in words only; the number is what `storage_errors` explains.
-        code = re.search(r"os error (\d+)|code: (\d+)", str(error))
-        number = int(next(group for group in code.groups() if group)) if code else 0
-        raise OSError(number, os.strerror(number) if number else str(error), str(path)) from error
-    sync_file(path)
 
 
 def steps_on_disk(checkpoints: Path) -> list[Path]:

@@ -143,7 +143,7 @@ def test_a_plan_that_refuses_ends_before_a_folder_exists(tiny, capsys):
 def test_r18_a_tensor_that_never_moved_is_named(tiny):
     lazy = tiny.run(*SHORT, method="liar:lie=forgets")
     assert lazy.summary["unmoved"] == [LAZY]
-    note = f"note: 1 of the tensors that liar trains still have the values they were drawn with: {LAZY}"
+    note = f"note: 1 of the tensors that liar trains still have the values they began with: {LAZY}"
     assert note in lazy.output
     assert note in (lazy.folder / "log.txt").read_text(encoding="utf-8")
     cut = tiny.run(*SHORT, method="liar:lie=forgets", stop_after=2)
@@ -155,7 +155,7 @@ def test_r18_a_tensor_that_never_moved_is_named(tiny):
 def test_r18_a_method_that_moves_what_it_trains_is_not_mentioned(tiny, method):
     result = tiny.run(*SHORT, method=method)
     assert result.summary["unmoved"] == []
-    assert "values they were drawn with" not in result.output
+    assert "values they began with" not in result.output
 
 
 def test_r18_norms_that_bf16_cannot_move_are_told(tiny):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blockllm_cli.errors import DivergedError, InputError, StorageError
-from blockllm_cli.training import checkpoint as under_test
+from blockllm_cli.model import weights
 from blockllm_cli.training.checkpoint import find_checkpoint, open_checkpoint, save_checkpoint, steps_on_disk
 
 
@@ -46,7 +46,7 @@ def test_a_save_cut_short_leaves_the_old_ones_r10(tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(under_test, "sync_file", no_space)
+    monkeypatch.setattr(weights, "sync_file", no_space)
     with pytest.raises(StorageError, match="No space left"):
         save(tmp_path, 2)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["latest", "step-00000001"]
