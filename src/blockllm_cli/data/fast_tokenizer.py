@@ -37,6 +37,7 @@ class FastTokenizer:
         vocab_size: one more than the largest id.
         eos_id: id that ends a document.
         bos_id: id that begins a document; that of `eos_id` where there is none.
+        unk_id: id of what the model has no pieces for; -1 where it has pieces for everything.
 
     Raises:
         InputError: the bytes are none of `packed`, the package `tokenizers` is missing, or refuses the file.
@@ -58,6 +59,13 @@ class FastTokenizer:
         self.bos_token: str | None = content["bos_token"]
         self.eos_token: str = content["eos_token"]
         self.bos_id = self.eos_id if self.bos_token is None else self._id_of(self.bos_token)
+        self.unk_id = self._unknown()
+
+    def _unknown(self) -> int:
+        model = (_object(self.json_text.encode("utf-8")) or {}).get("model", {})
+        token = model.get("unk_token")  # unigram models have the id itself
+        found = model.get("unk_id") if token is None else self._tokenizer.token_to_id(token)
+        return -1 if found is None else int(found)
 
     def _id_of(self, token: str) -> int:
         found: int | None = self._tokenizer.token_to_id(token)

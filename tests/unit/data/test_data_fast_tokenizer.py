@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_streams import walk
 
+from blockllm_cli.data.corpus import Corpus
 from blockllm_cli.data.fast_tokenizer import FastTokenizer, packed
+from blockllm_cli.data.prepared import find_prepared
+from blockllm_cli.data.prepared_writing import Preparation
 from blockllm_cli.data.tokenizer import Tokenizer, load_tokenizer
 from blockllm_cli.errors import InputError
 
@@ -152,3 +156,34 @@ def test_a_run_trains_with_it_and_its_copy_is_enough(tiny, file: Path) -> None:
         each.unlink()
     again = tiny.run(f"tokenizer.path={file}", "model.vocab_size=400", "schedule.steps=5", resume=cut.folder)
     assert again.summary["train_rows_sha256"] == run.summary["train_rows_sha256"]
+
+
+def test_the_id_of_what_is_unknown(tmp_path: Path, tiny_corpus: Path) -> None:
+    assert load_tokenizer(named(made_file(tmp_path, TEXTS))).unk_id == -1
+    models = tokenizers.models
+    for model, expected in (
+        (models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "river": 3}, unk_token="<unk>"), 2),
+        (models.Unigram([("<s>", 0.0), ("</s>", 0.0), ("a", -1.0), ("<unk>", 0.0)], unk_id=3), 3),
+    ):
+        tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+        ours = load_tokenizer(tmp_path / "tokenizer.json")
+        assert ours.unk_id == expected
+        assert expected in ours.encode(["other"])[0]
+
+
+def named(path: Path) -> Path:
+    name_marks(path, bos_token="<s>", eos_token="</s>")
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_prepared_ids_give_the_rows_of_the_text(file: Path, tiny_corpus: Path, tmp_path: Path, workers: int) -> None:
+    tokenizer = load_tokenizer(file)
+    corpus = Corpus(tuple(sorted(tiny_corpus.glob("train-*.jsonl"))))
+    with Preparation(tokenizer, tmp_path / "cache", workers=workers) as preparation:
+        for shard in corpus.shards[:2]:
+            preparation.prepare(shard)
+    prepared = find_prepared(corpus.shards, tokenizer, tmp_path / "cache")
+    assert len(prepared.entries) == 2
+    plain = walk(corpus, [20] * 10, tokenizer=tokenizer)
+    assert walk(corpus, [20] * 10, tokenizer=tokenizer, prepared=prepared) == plain
