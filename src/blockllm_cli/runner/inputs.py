@@ -130,7 +130,7 @@ def opened_corpora(resolved: Resolved, terminal: Terminal, watchdog: Watchdog) -
         )
 
 
-def prepared_shards(recipe: Recipe, corpora: Corpora, tokenizer: Tokenizer, terminal: Terminal) -> PreparedShards:
+def prepared_shards(recipe: Recipe, corpora: Corpora, tokenizer: AnyTokenizer, terminal: Terminal) -> PreparedShards:
     """The shards that `blockllm data prepare` has tokenised, and a line about them; no network is needed."""
     shards = list(dict.fromkeys([*corpora.train.shards, *corpora.validation.shards]))
     prepared = find_prepared(shards, tokenizer, cache_folder(recipe), terminal.warn)

@@ -13,7 +13,7 @@ from blockllm_cli.data.corpus import Corpus
 from blockllm_cli.data.prepared import PreparedShards
 from blockllm_cli.data.rows import PADDING, Rows
 from blockllm_cli.data.stopping import StopCheck
-from blockllm_cli.data.tokenizer import Tokenizer
+from blockllm_cli.data.tokenizer import AnyTokenizer
 from blockllm_cli.errors import InterruptedRunError, RecipeError, StopRequested
 from blockllm_cli.methods.resolve import resolve_recipe
 from blockllm_cli.runner.inputs import opened_corpora, opened_tokenizer, prepared_shards, stream_settings
@@ -149,7 +149,7 @@ def _block(
 
 
 def _view(
-    block: TextBlock, settings: StreamSettings, tokenizer: Tokenizer, shown: int, should_stop: StopCheck
+    block: TextBlock, settings: StreamSettings, tokenizer: AnyTokenizer, shown: int, should_stop: StopCheck
 ) -> BlockView:
     order = document_order(len(block.texts), settings.seed, block.epoch, block.index)
     documents = list(encoded([block.texts[i] for i in order], tokenizer, should_stop))
@@ -176,7 +176,7 @@ def _view(
     )
 
 
-def _shown(rows: Rows, tokenizer: Tokenizer) -> Iterator[ShownRow]:
+def _shown(rows: Rows, tokenizer: AnyTokenizer) -> Iterator[ShownRow]:
     for number, targets in enumerate(rows.targets_per_row().tolist()):
         pieces, owners = rows.pieces[number], rows.documents[number]
         stretches = []

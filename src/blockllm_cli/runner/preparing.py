@@ -18,7 +18,7 @@ from blockllm_cli.data.prepared_need import RowCount
 from blockllm_cli.data.prepared_writing import Preparation, discard
 from blockllm_cli.data.shards import Shard
 from blockllm_cli.data.stream import VALIDATION_SEED
-from blockllm_cli.data.tokenizer import Tokenizer
+from blockllm_cli.data.tokenizer import AnyTokenizer
 from blockllm_cli.errors import InterruptedRunError, StopRequested, StorageError
 from blockllm_cli.methods.resolve import Resolved, resolve_recipe
 from blockllm_cli.model.config import llama_config
@@ -130,7 +130,7 @@ def prepare_data(request: PrepareRequest, terminal: Terminal) -> PrepareReport:
     return report
 
 
-def _opened(resolved: Resolved, terminal: Terminal, watchdog: Watchdog) -> tuple[Corpora, Tokenizer]:
+def _opened(resolved: Resolved, terminal: Terminal, watchdog: Watchdog) -> tuple[Corpora, AnyTokenizer]:
     """Corpora and tokenizer as the run would open them, its refusals among what may come of it."""
     recipe = resolved.recipe
     corpora = opened_corpora(resolved, terminal, watchdog)
@@ -139,7 +139,7 @@ def _opened(resolved: Resolved, terminal: Terminal, watchdog: Watchdog) -> tuple
     return corpora, tokenizer
 
 
-def _empty_report(recipe: Recipe, corpora: Corpora, tokenizer: Tokenizer) -> PrepareReport:
+def _empty_report(recipe: Recipe, corpora: Corpora, tokenizer: AnyTokenizer) -> PrepareReport:
     return PrepareReport(
         folder=str(tokens_folder(cache_folder(recipe), tokenizer)),
         tokenizer_sha256=tokenizer.sha256,
@@ -156,7 +156,7 @@ class _Preparing:
         request: PrepareRequest,
         recipe: Recipe,
         corpora: Corpora,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         report: PrepareReport,
         terminal: Terminal,
         watchdog: Watchdog,
