@@ -81,7 +81,11 @@ def _tokenizer(tokenizer: Tokenizer) -> Iterator[Problem]:
     if tokenizer.source == "train" and tokenizer.vocab_size is None:
         yield Problem("tokenizer.vocab_size", 'is missing, and source = "train" needs it', "give it, such as 4096")
     if tokenizer.source != "train" and tokenizer.path is None:
-        what = "the path of a sentencepiece model" if tokenizer.source == "file" else "its name on the hub"
+        what = (
+            "the path of a sentencepiece model or a tokenizer.json"
+            if tokenizer.source == "file"
+            else "its name on the hub"
+        )
         yield Problem("tokenizer.path", f'is missing, and source = "{tokenizer.source}" needs it', f"give {what}")
 
 

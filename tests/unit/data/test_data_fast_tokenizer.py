@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from small_streams import walk
 
+from blockllm_cli.app import main
 from blockllm_cli.data.corpus import Corpus
 from blockllm_cli.data.fast_tokenizer import FastTokenizer, packed
 from blockllm_cli.data.prepared import find_prepared
 from blockllm_cli.data.prepared_writing import Preparation
 from blockllm_cli.data.tokenizer import Tokenizer, load_tokenizer
+from blockllm_cli.data.tokenizer_json import tokenizer_json
+from blockllm_cli.data.tokenizer_training import draw_sample, train_tokenizer
 from blockllm_cli.errors import InputError
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -143,6 +146,18 @@ def test_without_the_package_the_way_out_is_named(file: Path, tiny_tokenizer: Pa
     assert isinstance(load_tokenizer(tiny_tokenizer), Tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_what_is_unknown_has_the_id_that_the_file_says(
+    tmp_path: Path, tiny_corpus: Path, file: Path, kind: str
+) -> None:
+    assert load_tokenizer(file).unk_id == -1
+    lines = (tiny_corpus / "train-0.jsonl").read_text("utf-8").splitlines()
+    trained = train_tokenizer(draw_sample(lines, sample_bytes=10**6, seed=0), vocab_size=320, kind=kind)
+    content = tokenizer_json(trained.model_bytes, opening=None)
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert load_tokenizer(file).unk_id == Tokenizer(trained.model_bytes).unk_id == 0
+
+
 def test_bytes_that_were_not_packed_are_refused(file: Path) -> None:
     with pytest.raises(InputError, match="that was kept from"):
         FastTokenizer(file.read_bytes())
@@ -187,3 +202,14 @@ def test_prepared_ids_give_the_rows_of_the_text(file: Path, tiny_corpus: Path, t
     assert len(prepared.entries) == 2
     plain = walk(corpus, [20] * 10, tokenizer=tokenizer)
     assert walk(corpus, [20] * 10, tokenizer=tokenizer, prepared=prepared) == plain
+
+
+def test_shards_are_prepared_and_shown_with_it(tiny, file: Path, tmp_path: Path, capsys) -> None:
+    settings = [f"tokenizer.path={file}", "model.vocab_size=400", f"data.cache={tmp_path / 'cache'}"]
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    assert main(["data", "inspect", str(tiny.recipe), *flags]) == 0
+    plain = tiny.run(*settings, "schedule.steps=5")
+    assert main(["data", "prepare", str(tiny.recipe), *flags]) == 0
+    prepared = tiny.run(*settings, "schedule.steps=5")
+    assert prepared.summary["train_rows_sha256"] == plain.summary["train_rows_sha256"]
+    capsys.readouterr()

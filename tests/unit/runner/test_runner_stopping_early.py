@@ -106,7 +106,7 @@ def test_a_stop_while_a_checkpoint_is_written_finishes_it_and_goes_no_further(ti
 
     whole = tiny.run("checkpoint.every=5")
     with monkeypatch.context() as patch, pytest.raises(InterruptedRunError) as caught:
-        strike_at(patch, checkpoint, "_save_tensors", call, signal.SIGINT)
+        strike_at(patch, checkpoint, "save_tensors", call, signal.SIGINT)
         tiny.run("checkpoint.every=5")
     assert caught.value.status == 130
     assert f"stopped at update {5 * ((call + 1) // 2)} and saved" in str(caught.value)
@@ -120,7 +120,7 @@ def test_a_stop_while_a_checkpoint_is_written_finishes_it_and_goes_no_further(ti
 def test_a_signal_in_the_last_save_finds_the_run_complete(tiny, monkeypatch):
     from blockllm_cli.training import checkpoint
 
-    strike_at(monkeypatch, checkpoint, "_save_tensors", 2, signal.SIGTERM)
+    strike_at(monkeypatch, checkpoint, "save_tensors", 2, signal.SIGTERM)
     assert tiny.run().summary["status"] == "completed"
 
 
