@@ -300,7 +300,8 @@ class Tracker:
 def _environment() -> dict[str, str]:
     """Variables of the tracking process: it finds this package wherever it is, and W&B follows the task alone."""
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
-    places = [str(Path(blockllm_cli.__file__).parents[1]), environment.get("PYTHONPATH", "")]
+    # Last: the folder may be that of all packages, and what the user puts before these must stay before them.
+    places = [environment.get("PYTHONPATH", ""), str(Path(blockllm_cli.__file__).parents[1])]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     environment["WANDB_SILENT"] = "true"
     return environment
