@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from blockllm_cli.errors import StorageError
+from blockllm_cli.errors import StopRequested, StorageError
 from blockllm_cli.units import format_bytes
+
+_POLL_SECONDS = 0.05
 
 
 @contextlib.contextmanager
@@ -121,3 +125,32 @@ def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Hold the lock file `path`, which is made if it is not there, waiting for other holders: threads and processes.
+
+    Raises:
+        StorageError: it cannot be made, or the file system has no locks.
+        StopRequested: `should_stop` became true while waiting.
+    """
+    with storage_errors(path, "lock"):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        while not _taken(path, descriptor):
+            if should_stop():
+                raise StopRequested
+            time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _taken(path: Path, descriptor: int) -> bool:
+    with storage_errors(path, "lock"):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from blockllm_cli.data.stopping import StopCheck
 from blockllm_cli.errors import InputError
-from blockllm_cli.hub.link import OFFLINE_WAYS, Link, why_out_of_reach
+from blockllm_cli.hub.link import OFFLINE_WAYS, Link
 from blockllm_cli.hub.listing import Listing, Wanted, fetch_listing, kept_listing
 from blockllm_cli.hub.remote import RemoteFile
 from blockllm_cli.hub.shards import HubShard, ShardCache
@@ -42,8 +42,7 @@ def hub_shards(
     """
     wanted = wanted_of(data)
     lists = cache / "listings"
-    link.out_of_reach = why_out_of_reach(should_stop)
-    if link.out_of_reach is None:
+    if link.probe(should_stop) is None:
         listing = fetch_listing(wanted, lists, link, should_stop)
     else:
         kept = kept_listing(wanted, lists)

@@ -7,11 +7,9 @@ entry. Two processes that want the same shard do it once: the second waits for t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -47,7 +45,7 @@ from blockllm_cli.data.records import BadDocument, Document
 from blockllm_cli.data.shards import Shard, shard_identity, unreadable
 from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.data.workers import WorkerPool
-from blockllm_cli.durable import file_sha256, storage_errors, sync_folder, write_json
+from blockllm_cli.durable import file_sha256, locked, storage_errors, sync_folder, write_json
 from blockllm_cli.errors import InputError, StopRequested, StorageError
 
 _BATCH_DOCUMENTS, _BATCH_BYTES = 256, 1 << 20
@@ -157,7 +155,7 @@ class Preparation:
         place = self._folder / entry_name(identity)
         with storage_errors(place, "write"):
             self._folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self._folder / f".{place.name}.lock", self._should_stop):
+        with locked(self._folder / f".{place.name}.lock", self._should_stop):
             if (entry := usable_entry(place, shard)) is not None:
                 return Prepared(entry, False)
             for rest in self._folder.glob(f".{place.name}.*.tmp"):  # of processes that were killed: we have the lock
@@ -338,22 +336,3 @@ def _put(beside: Path, place: Path) -> None:
     beside.rename(place)
     shutil.rmtree(place / "former", ignore_errors=True)
     sync_folder(place.parent)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, should_stop: StopCheck) -> Iterator[None]:
-    """Hold the lock file `path`, waiting for another process that does."""
-    with storage_errors(path, "lock"):
-        file = path.open("ab")
-    with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if should_stop():
-                    raise StopRequested from None
-                time.sleep(_POLL_SECONDS)
-            except OSError as error:
-                raise InputError(f"{path}: this file system has no locks ({error.strerror})") from error
-        yield

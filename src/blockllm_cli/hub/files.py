@@ -7,7 +7,7 @@ from pathlib import Path
 
 from blockllm_cli.errors import InputError
 from blockllm_cli.hub.http import check_status, endpoint, quiet, transport_faults
-from blockllm_cli.hub.link import OFFLINE_WAYS, FaultError, Link, why_out_of_reach
+from blockllm_cli.hub.link import OFFLINE_WAYS, FaultError, Link
 from blockllm_cli.hub.remote import Kind
 
 
@@ -35,7 +35,7 @@ def hub_file(
         StopRequested: `should_stop` became true.
     """
     what = f"{filename} of {repository}"
-    unreachable = why_out_of_reach(should_stop)
+    unreachable = link.probe(should_stop)
     if unreachable is not None:
         return _kept(repository, filename, kind, revision, f"{what} cannot be fetched: {unreachable}")
     link.doing = what

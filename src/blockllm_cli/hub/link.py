@@ -57,7 +57,7 @@ class Link:
         retry_seconds: how long a fault is borne without progress.
         report: told of every fault, a dict with `kind` "network", `what`, `reason`, `attempt` and `pause_seconds`;
             called from whichever thread met the fault.
-        out_of_reach: why nothing is asked of the hub; None: it is asked.
+        out_of_reach: why nothing is asked of the hub; None: it is asked. `probe` finds out.
         doing: what is waited for at the moment, in words; empty when nothing is.
     """
 
@@ -65,6 +65,18 @@ class Link:
     report: Callable[[Event], None] = lambda _: None
     out_of_reach: str | None = None
     doing: str = ""
+    _is_probed: bool = False
+
+    def probe(self, should_stop: Callable[[], bool]) -> str | None:
+        """`out_of_reach`, after one look at the hub at the first call.
+
+        Raises:
+            StopRequested: `should_stop` became true.
+        """
+        if not self._is_probed:
+            self.out_of_reach = why_out_of_reach(should_stop)
+            self._is_probed = True
+        return self.out_of_reach
 
     def patiently(
         self,

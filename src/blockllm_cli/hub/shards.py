@@ -9,17 +9,16 @@ bound is passed; one that is open stays readable until it is closed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blockllm_cli.durable import storage_errors, sync_folder
+from blockllm_cli.durable import locked, storage_errors, sync_folder
 from blockllm_cli.errors import InputError, StopRequested
 from blockllm_cli.hub.http import fetch_range
 from blockllm_cli.hub.link import OFFLINE_WAYS, FaultError, Link, Patience, in_background
@@ -33,7 +32,6 @@ CHUNK_BYTES = 8 << 20
 """Fetched by one request. Between requests no connection is open: a reader may be slower than a server is patient."""
 
 _PROGRESS_BYTES = 1 << 16
-_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ class _Fetched(io.RawIOBase):
     def _grow(self) -> None:
         """Fetch the next chunk, unless another reader of the same file has done so meanwhile."""
         size = self._shard.remote.size
-        with _locked(self._place.with_name(self._place.name + ".lock"), self._should_stop):
+        with locked(self._place.with_name(self._place.name + ".lock"), self._should_stop):
             if self._place.exists():
                 self._file.close()
                 self._file = self._open()
@@ -266,22 +264,3 @@ class _Fetched(io.RawIOBase):
             f"{self._shard}: what came is not what the hub lists (another hash); it was removed from the cache. A "
             "proxy or a failing disk may have damaged it: run the same command again, with --resume for a run"
         )
-
-
-@contextlib.contextmanager
-def _locked(path: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
-    """Hold the lock on one file of the cache against other readers, of this process and of others."""
-    with storage_errors(path, "lock"):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if should_stop():
-                    raise StopRequested from None
-                time.sleep(_POLL_SECONDS)
-        yield
-    finally:
-        os.close(descriptor)

@@ -73,6 +73,7 @@ def test_a_run_from_the_hub_is_the_run_from_files(c4, tiny, from_files):
 def test_the_tokenizer_of_a_repository_is_the_file_in_it(c4, tiny, from_files):
     run = tiny.run(*FROM_HUB, "tokenizer.source=hub", "tokenizer.path=google-t5/t5-base")
     same(run, from_files)
+    assert c4.requests.count("HEAD /") == 1  # one probe a run, whatever is asked for
     assert (run.folder / "tokenizer.model").read_bytes() == tiny.tokenizer.read_bytes()
 
 
