@@ -191,9 +191,16 @@ def page() -> str:
     data = json.loads((CELLS / "data.json").read_text(encoding="utf-8"))
     frozen = next((s["perplexity"] for cell, s in found.items() if cell.method == "frozen"), None)
     heads = (
-        "method", "rate of matrices", "rate of embedding, head, norms", "perplexity", "to frozen",
-        "entries with state", "state MiB", "all counted MiB", "tokens/s",
-    )  # fmt: skip
+        "method",
+        "rate of matrices",
+        "rate of embedding, head, norms",
+        "perplexity",
+        "to frozen",
+        "entries with state",
+        "state MiB",
+        "all counted MiB",
+        "tokens/s",
+    )
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for cell, summary in found.items():
         dense = cell.dense_rate if cell.dense_rate is not None else cell.learning_rate

@@ -44,8 +44,9 @@ def test_every_environment_variable_is_documented_and_exists():
 
 
 def test_every_exit_code_is_documented():
-    documented = {int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", section("Exit codes"), re.M)
-                  for code in cell.split(",")}  # fmt: skip
+    documented = {
+        int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", section("Exit codes"), re.M) for code in cell.split(",")
+    }
     ours = {int(code) for code in ExitCode}
     assert documented == ours | {128 + signal.SIGINT, 128 + signal.SIGTERM, app.SIGPIPE_STATUS}
 

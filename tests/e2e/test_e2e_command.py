@@ -96,9 +96,12 @@ def test_failures_are_one_message_and_leave_nothing(tiny, arguments, code, words
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_from_outside_r11(tiny, number):
     process = subprocess.Popen(
-        tiny.command("--set", "schedule.steps=100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        tiny.command("--set", "schedule.steps=100000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     for line in process.stdout:
         if line.startswith("update 5/"):
             break

@@ -72,13 +72,32 @@ def test_a_local_task_gets_the_likelihoods_of_the_run_r35(tiny, tmp_path):
     }
     done = subprocess.run(
         [
-            sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
-            f"pretrained={tmp_path / 'model'},dtype=float32", "--tasks", "which_follows", "--include_path",
-            str(tmp_path), "--device", "cpu", "--batch_size", "4", "--output_path",
-            str(tmp_path / "results"), "--log_samples",
+            sys.executable,
+            "-m",
+            "lm_eval",
+            "--model",
+            "hf",
+            "--model_args",
+            f"pretrained={tmp_path / 'model'},dtype=float32",
+            "--tasks",
+            "which_follows",
+            "--include_path",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--batch_size",
+            "4",
+            "--output_path",
+            str(tmp_path / "results"),
+            "--log_samples",
         ],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (tmp_path / "results").rglob("results_*.json")
     (samples,) = (tmp_path / "results").rglob("samples_*.jsonl")

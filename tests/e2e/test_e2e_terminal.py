@@ -122,8 +122,11 @@ def test_a_signal_while_the_builtin_corpus_is_read_r11(tmp_path):
     environment = {**os.environ, "BLOCKLLM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [BLOCKLLM, "pretrain", "quickstart", "--output", str(tmp_path / "runs")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     with process:
         line = process.stdout.readline()  # the first sign of life, after ten seconds
         assert re.fullmatch(r"reading the builtin corpus: [\d,]+/[\d,]+ source files, \d+ %, .* left\n", line)

@@ -120,13 +120,19 @@ class WandbServer:
             return {"project": {"artifact": None}}
         if name == "CreateArtifact":  # which then counts as there already, so that nothing of it is uploaded
             self.artifacts.append(variables["input"]["artifactCollectionName"])
-            return {"createArtifact": {"artifact": {
-                "id": "a", "state": "COMMITTED", "artifactSequence": {"latestArtifact": {"id": "a"}}
-            }}}  # fmt: skip
+            return {
+                "createArtifact": {
+                    "artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": {"latestArtifact": {"id": "a"}}}
+                }
+            }
         if name == "CreateRunFiles":
-            return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": [
-                {"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]
-            ]}}  # fmt: skip
+            return {
+                "createRunFiles": {
+                    "runID": "r",
+                    "uploadHeaders": [],
+                    "files": [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]],
+                }
+            }
         return {}
 
     def _take_stream(self, run: StoredRun, body: dict[str, Any]) -> None:

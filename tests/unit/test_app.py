@@ -194,8 +194,11 @@ def test_a_locale_without_the_character_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text('[run]\nname = "Größe"\n', encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "blockllm_cli", "recipes", "show", "own.toml"],
-        capture_output=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
+        capture_output=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"Gr\\xf6\\xdfe" in done.stdout
 

@@ -13,9 +13,15 @@ STATE = TrainState(3, 100, 120, b"", np.zeros(4, np.int64), {})
 
 def report(**changes):
     values = {
-        "step": 3, "loss": 2.5, "gradient_norm": 0.5, "rates": Rates(1e-3, 1e-2), "targets": 30, "slots": 40,
-        "skipped": False, "unchanged": None,
-    }  # fmt: skip
+        "step": 3,
+        "loss": 2.5,
+        "gradient_norm": 0.5,
+        "rates": Rates(1e-3, 1e-2),
+        "targets": 30,
+        "slots": 40,
+        "skipped": False,
+        "unchanged": None,
+    }
     return StepReport(**(values | changes))
 
 

@@ -9,8 +9,17 @@ from types import MappingProxyType
 from blockllm_cli.recipe.sections import SECTIONS
 
 TABLES: tuple[str, ...] = (
-    "run", "model", "tokenizer", "data", "batch", "schedule", "method", "evaluate", "checkpoint", "tracking",
-)  # fmt: skip
+    "run",
+    "model",
+    "tokenizer",
+    "data",
+    "batch",
+    "schedule",
+    "method",
+    "evaluate",
+    "checkpoint",
+    "tracking",
+)
 
 SYNONYMS: Mapping[str, str] = MappingProxyType(
     {

@@ -54,7 +54,7 @@ _SETTINGS = {
 Tell = Callable[[Mapping[str, Any]], None]
 
 
-class _Unreachable(Exception):  # noqa: N818  a finding, which only `track` takes for an error
+class _UnreachableError(Exception):
     """The server cannot be reached, and an offline run is not wanted instead."""
 
 
@@ -94,11 +94,13 @@ class Mirror:
         if problem is None:
             return task.mode
         if not task.goes_on:
-            raise _Unreachable(f"cannot reach {task.server}: {problem}")
-        self._tell({
-            "say": f"offline, since {task.server} cannot be reached ({problem}): files in {self._folder / FOLDER}"
-            + later(self._folder)
-        })  # fmt: skip
+            raise _UnreachableError(f"cannot reach {task.server}: {problem}")
+        self._tell(
+            {
+                "say": f"offline, since {task.server} cannot be reached ({problem}): files in {self._folder / FOLDER}"
+                + later(self._folder)
+            }
+        )
         return "offline"
 
     def _begin(self) -> wandb.Run:
@@ -221,7 +223,7 @@ def carry_out(task: Task, has_ended: threading.Event, tell: Tell) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a process that a killed run left behind may still be at its end
         try:
             mirror = Mirror(task, tell)
-        except _Unreachable as error:
+        except _UnreachableError as error:
             tell({"problem": str(error)})
             return
         except Exception as error:

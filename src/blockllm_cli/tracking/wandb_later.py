@@ -39,9 +39,7 @@ def send_run(
     if not (folder.path / METRICS).is_file():
         raise InputError(f"{folder.path} has no {METRICS}: there is nothing to send")
     with folder.locked():
-        task = task_of(
-            folder, name, tracking, mode=choice.mode, server=choice.server, goes_on=False, last_seconds=0.0
-        )  # fmt: skip
+        task = task_of(folder, name, tracking, mode=choice.mode, server=choice.server, goes_on=False, last_seconds=0.0)
         tracker = Tracker.start(task, say, lambda problem: None)
         tracker.finish(seconds)
     if tracker.problem is not None or tracker.report is None:

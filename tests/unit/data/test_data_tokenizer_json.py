@@ -155,9 +155,17 @@ def test_a_model_like_that_of_the_papers_has_the_same_ids(tiny_texts: list[str])
     """T5's: unigram without bytes, text normalised, spaces folded, no bos, pad before eos before unk."""
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tiny_texts), model_writer=made, model_type="unigram", vocab_size=100, minloglevel=2,
-        normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-    )  # fmt: skip
+        sentence_iterator=iter(tiny_texts),
+        model_writer=made,
+        model_type="unigram",
+        vocab_size=100,
+        minloglevel=2,
+        normalization_rule_name="nmt_nfkc",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+    )
     odd = [
         "  many   spaces ",
         "\ttabs\n",
@@ -211,9 +219,12 @@ def test_a_cut_file_is_refused(bpe: bytes, cut: int) -> None:
 def test_what_the_format_cannot_say_is_refused(tiny_texts: list[str], settings: dict, words: str) -> None:
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tiny_texts), model_writer=made, minloglevel=2, hard_vocab_limit=False,
+        sentence_iterator=iter(tiny_texts),
+        model_writer=made,
+        minloglevel=2,
+        hard_vocab_limit=False,
         **({"model_type": "bpe", "vocab_size": 90} | settings),
-    )  # fmt: skip
+    )
     with pytest.raises(InputError, match=words):
         tokenizer_json(made.getvalue(), opening=None)
 

@@ -17,7 +17,10 @@ def c4(hub):
     return hub
 
 
-def fetched(tmp_path, wanted=Wanted(C4, "en"), retry_seconds=5.0):  # noqa: B008  frozen
+ENGLISH = Wanted(C4, "en")
+
+
+def fetched(tmp_path, wanted=ENGLISH, retry_seconds=5.0):
     return fetch_listing(wanted, tmp_path / "lists", Link(retry_seconds), lambda: False)
 
 

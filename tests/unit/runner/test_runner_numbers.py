@@ -69,9 +69,12 @@ def test_perplexity_does_not_depend_on_the_batch_r04(tiny, layout):
 def test_with_a_head_of_zeros_perplexity_is_the_vocabulary_r05(tiny, rows):
     """initializer_range tiny enough makes every logit equal: ln V per target, and ln V x N / (N + 1) in legacy form."""
     result = tiny.run(
-        "model.initializer_range=1e-30", "schedule.learning_rate=1e-30", "schedule.steps=1", "schedule.warmup=0",
+        "model.initializer_range=1e-30",
+        "schedule.learning_rate=1e-30",
+        "schedule.steps=1",
+        "schedule.warmup=0",
         f"evaluate.rows={rows}",
-    )  # fmt: skip
+    )
     summary = result.summary
     assert summary["perplexity"] == pytest.approx(320, rel=1e-6)
     total = validation_rows(result)

@@ -10,9 +10,13 @@ from blockllm_cli.tracking.display import Display
 from blockllm_cli.tracking.progress import Step, Training
 
 ROW = {
-    "train/loss": 5.25, "eval/perplexity": 190.5, "throughput/tokens_per_second": 8123.4, "memory/rss_bytes": 2**30,
-    "memory/weights_bytes": 2**20, "memory/optimizer_state_bytes": 2**21,
-}  # fmt: skip
+    "train/loss": 5.25,
+    "eval/perplexity": 190.5,
+    "throughput/tokens_per_second": 8123.4,
+    "memory/rss_bytes": 2**30,
+    "memory/weights_bytes": 2**20,
+    "memory/optimizer_state_bytes": 2**21,
+}
 
 
 def rendered(width, *, notice="", encoding="utf-8", activities=None, **options):

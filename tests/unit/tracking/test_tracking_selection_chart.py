@@ -23,9 +23,14 @@ B = BlockHistory("b", 4, 0, (), None, None)
 def test_a_row_of_the_table_says_how_long_a_block_trained():
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in table_rows(table([A, B], [1], 8))]
     assert rows[0] == {
-        "block": "model.a<b>", "size": 4, "visits": 2, "updates": 4, "share_of_updates": 0.5,
-        "norm": 0.5, "norm_measured_at": 3,
-    }  # fmt: skip
+        "block": "model.a<b>",
+        "size": 4,
+        "visits": 2,
+        "updates": 4,
+        "share_of_updates": 0.5,
+        "norm": 0.5,
+        "norm_measured_at": 3,
+    }
     assert (rows[1]["updates"], rows[1]["norm"]) == (0, None)
 
 

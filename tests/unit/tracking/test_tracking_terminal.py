@@ -13,9 +13,15 @@ from blockllm_cli.tracking.log import RunLog
 from blockllm_cli.tracking.terminal import Terminal
 
 ROW = {
-    "step": 20, "train/tokens": 40_960, "train/loss": 5.25, "train/gradient_norm": 0.5, "train/learning_rate": 1e-3,
-    "throughput/tokens_per_second": 8123.4, "memory/rss_bytes": 2**30, "memory/weights_bytes": 2**20,
-}  # fmt: skip
+    "step": 20,
+    "train/tokens": 40_960,
+    "train/loss": 5.25,
+    "train/gradient_norm": 0.5,
+    "train/learning_rate": 1e-3,
+    "throughput/tokens_per_second": 8123.4,
+    "memory/rss_bytes": 2**30,
+    "memory/weights_bytes": 2**20,
+}
 
 
 STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  ", re.M)
