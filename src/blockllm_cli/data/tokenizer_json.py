@@ -97,8 +97,9 @@ def _check_expressible(model: SentencePieceModel) -> None:
 def _cut_at_unknown(model: SentencePieceModel) -> dict[str, Any] | None:
     """Cut text around unknown characters, if the name of a piece that no text may become has one in it.
 
-    A run of them is one unknown, so it stays whole, unless each is spelled in bytes. No piece goes over such a cut, so it changes nothing else. None: not needed, or not possible, since a piece has a
-    character without a piece of its own, which sentencepiece's training never makes.
+    A run of them is one unknown, so it stays whole, unless each is spelled in bytes. No piece goes over such a cut, so
+    it changes nothing else. None: not needed, or not possible, since a piece has a character without a piece of its
+    own, which sentencepiece's training never makes.
     """
     normal = [piece.text for piece in model.pieces if piece.kind == "normal"]
     known = {text for text in normal if len(text) == 1}
@@ -106,7 +107,8 @@ def _cut_at_unknown(model: SentencePieceModel) -> dict[str, Any] | None:
     if reserved <= known or not all(known.issuperset(text) for text in normal):
         return None
     letters = "".join(f"\\x{{{ord(letter):x}}}" for letter in sorted(known))
-    return {"type": "Split", "pattern": {"Regex": f"[^{letters}]{'' if model.byte_fallback else '+'}"}, "behavior": "Isolated", "invert": False}
+    unknown = f"[^{letters}]" + ("" if model.byte_fallback else "+")
+    return {"type": "Split", "pattern": {"Regex": unknown}, "behavior": "Isolated", "invert": False}
 
 
 def _normalizers(model: SentencePieceModel) -> Iterator[dict[str, Any]]:

@@ -174,9 +174,7 @@ def _compare_tokenizers(folder: Path, tokenizer: AnyTokenizer) -> tuple[str | No
     for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
         there = other.encode(text, add_special_tokens=False).ids
         # What is unknown has no text: here it reads as a sign, there it is left out.
-        same = there == ids.tolist() and (
-            tokenizer.unk_id in there or other.decode(there) == tokenizer.decode(ids)
-        )
+        same = there == ids.tolist() and (tokenizer.unk_id in there or other.decode(there) == tokenizer.decode(ids))
         different += not same
     return str(tokenizers.__version__), len(texts), different
 

@@ -371,7 +371,10 @@ def test_a_full_disk_or_a_stop_leaves_what_was_there(tiny, tmp_path, monkeypatch
 
 
 def test_a_run_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="is not a folder; name the folder of a run"), Terminal(Console(file=io.StringIO())) as terminal:
+    with (
+        pytest.raises(InputError, match="is not a folder; name the folder of a run"),
+        Terminal(Console(file=io.StringIO())) as terminal,
+    ):
         export_run(ExportRequest(tmp_path / "nowhere", tmp_path / "model"), terminal)
     assert not (tmp_path / "model").exists()
 
