@@ -5,6 +5,8 @@ Commands are loaded when they are called, so that `blockllm --help` imports none
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import sys
@@ -21,6 +23,7 @@ from blockllm_cli.errors import BlockLLMError, ExitCode, InterruptedRunError
 
 SIGPIPE_STATUS = 128 + 13
 INTERRUPT_STATUS = 128 + 2
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a stream; our own files raise a StorageError
 MARKUP: Literal["markdown"] = "markdown"  # in the other form [method] would be taken for a style
 
 
@@ -140,9 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(f"error: {error}", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", INTERRUPT_STATUS)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # the latter is what rich makes of the former in a page of help
         return _reader_gone()
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
+            _reader_gone()
+            return _say(f"error: cannot write to stdout: {error.strerror}", ExitCode.STORAGE)
         return _usage_or_bug(error)
 
 
@@ -155,7 +161,9 @@ def _reader_gone() -> int:
 def _say(message: str, status: int) -> int:
     from blockllm_cli.tracking.plain import printable
 
-    print(printable(message), file=sys.stderr)
+    if sys.stderr is not None:  # closed by the caller; print() would take stdout
+        with contextlib.suppress(OSError):  # the status still tells
+            print(printable(message), file=sys.stderr, flush=True)
     return int(status)
 
 
@@ -165,7 +173,8 @@ def _usage_or_bug(error: Exception) -> int:
         from typer import rich_utils
 
         misuse: Any = error  # typer keeps the class of these to itself
-        rich_utils.rich_format_error(misuse)
+        with contextlib.suppress(OSError):
+            rich_utils.rich_format_error(misuse)
         return int(error.exit_code)
     traceback.print_exception(error)
     return _say("this is a bug in blockllm: please report it with the lines above", ExitCode.BUG)

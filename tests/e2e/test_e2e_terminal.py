@@ -14,6 +14,7 @@ import pytest
 from support.screen import VARIABLES, OnScreen
 
 BLOCKLLM = str(Path(sys.executable).with_name("blockllm"))
+FULL = Path("/dev/full")
 SHORT = ("--set", "schedule.steps=6", "--set", "schedule.warmup=0", "--set", "evaluate.every=3")
 REDRAWN = re.compile(r"━|─ |\d+/\d+ · |tokens/s · |weights \d")
 
@@ -152,6 +153,56 @@ def test_stdout_can_be_used_by_a_script(tiny):
     assert told.returncode == 0
     assert json.loads(told.stdout) == {"run": str(tiny.newest().folder)} | tiny.newest().summary
     assert "update 6/6" in told.stderr
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(("recipes", "list"), 6), (("--help",), 6), (("--version",), 6), (("pretrain", "nowhere.toml"), 2)],
+)
+def test_a_stream_without_room_is_no_bug_r10(tmp_path, arguments, code):
+    command = [sys.executable, "-m", "blockllm_cli", *arguments]
+    with FULL.open("wb") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        both = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=full, check=False)
+    assert (done.returncode, both.returncode) == (code, code)
+    assert len(done.stderr.splitlines()) == 1
+    assert ("cannot write to stdout: No space left on device" in done.stderr) == (code == 6)
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+def test_a_run_goes_on_where_its_lines_find_no_room(tiny):
+    with FULL.open("wb") as full:
+        done = subprocess.run(
+            tiny.command(*SHORT),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (6, "error: cannot write to stdout: No space left on device\n")
+    assert tiny.newest().summary["status"] == "completed"
+    assert "validation perplexity" in (tiny.newest().folder / "log.txt").read_text()
+
+
+def test_help_whose_reader_has_gone_ends_like_any_other_command():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "blockllm_cli", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_without_stderr_an_error_does_not_go_to_stdout(tmp_path):
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m blockllm_cli pretrain nowhere.toml 2>&-"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
 
 
 def test_bash_completes_what_the_command_offers(tmp_path):

@@ -67,15 +67,6 @@ class FastTokenizer:
         found = model.get("unk_id") if token is None else self._tokenizer.token_to_id(token)
         return -1 if found is None else int(found)
 
-    @cached_property
-    def unk_id(self) -> int:
-        """Id of what the vocabulary has no pieces for; -1 where there is always a piece, such as a byte."""
-        model = json.loads(self.json_text)["model"]
-        if model.get("unk_id") is not None:  # unigram
-            return int(model["unk_id"])
-        found: int | None = None if model.get("unk_token") is None else self._tokenizer.token_to_id(model["unk_token"])
-        return -1 if found is None else found
-
     def _id_of(self, token: str) -> int:
         found: int | None = self._tokenizer.token_to_id(token)
         if found is None:

@@ -15,6 +15,7 @@ installed the export compares ids. What has to be said so that they are equal:
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -65,6 +66,21 @@ def tokenizer_json(model_bytes: bytes, *, opening: int | None) -> dict[str, Any]
     }
 
 
+def with_opening(text: str, token: str | None, opening: int | None) -> str:
+    """A tokenizer.json that puts before a text what training rows had there, and is otherwise the one it was.
+
+    Args:
+        text: content of a tokenizer.json.
+        token: with the id `opening`.
+        opening: id that is put before a text when special tokens are asked for; None: none.
+    """
+    content = json.loads(text)
+    wanted = None if opening is None or token is None else _template(token, opening)
+    if content.get("post_processor") == wanted:
+        return text
+    return json.dumps(content | {"post_processor": wanted}, ensure_ascii=False)
+
+
 def _check_expressible(model: SentencePieceModel) -> None:
     if model.algorithm not in ("bpe", "unigram"):
         raise InputError(f"a sentencepiece model of kind {model.algorithm!r} cannot be written as tokenizer.json")
@@ -79,10 +95,11 @@ def _check_expressible(model: SentencePieceModel) -> None:
 
 
 def _cut_at_unknown(model: SentencePieceModel) -> dict[str, Any] | None:
-    """Cut text around runs of unknown characters, if the name of a piece that no text may become has one in it.
+    """Cut text around unknown characters, if the name of a piece that no text may become has one in it.
 
-    No piece goes over such a cut, so it changes nothing else. None: not needed, or not possible, since a piece has a
-    character without a piece of its own, which sentencepiece's training never makes.
+    A run of them is one unknown, so it stays whole, unless each is spelled in bytes. No piece goes over such a cut, so
+    it changes nothing else. None: not needed, or not possible, since a piece has a character without a piece of its
+    own, which sentencepiece's training never makes.
     """
     normal = [piece.text for piece in model.pieces if piece.kind == "normal"]
     known = {text for text in normal if len(text) == 1}
@@ -90,7 +107,8 @@ def _cut_at_unknown(model: SentencePieceModel) -> dict[str, Any] | None:
     if reserved <= known or not all(known.issuperset(text) for text in normal):
         return None
     letters = "".join(f"\\x{{{ord(letter):x}}}" for letter in sorted(known))
-    return {"type": "Split", "pattern": {"Regex": f"[^{letters}]+"}, "behavior": "Isolated", "invert": False}
+    unknown = f"[^{letters}]" + ("" if model.byte_fallback else "+")
+    return {"type": "Split", "pattern": {"Regex": unknown}, "behavior": "Isolated", "invert": False}
 
 
 def _normalizers(model: SentencePieceModel) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 _FLOATS = ("rope_theta", "rms_norm_eps", "initializer_range")
 _MODEL_TYPES = ("llama", "mistral")
+_MOST_LAYERS = 10_000  # a damaged file must not fill the memory with the names of its tensors
 
 
 class _Refused(NamedTuple):
@@ -50,6 +52,7 @@ def architecture(config: Mapping[str, Any], place: str) -> LlamaConfig:
         if value is None:
             raise InputError(f"{place} lacks {name}, which the architecture of a Llama needs")
         values[name] = _typed(name, value, place)
+        _check_range(name, values[name], place)
     try:
         found = LlamaConfig(**values)
     except ValueError as error:
@@ -68,6 +71,14 @@ def _typed(name: str, value: Any, place: str) -> Any:
     if type(value) is not wanted:
         raise InputError(f"{place}: {name} is {value!r}, which is no {wanted.__name__}")
     return value
+
+
+def _check_range(name: str, value: Any, place: str) -> None:
+    """Refuse what a recipe could not say either, since a run keeps these values in its recipe."""
+    if name in _FLOATS and not 0 < value < math.inf:
+        raise InputError(f"{place}: {name} is {value!r}; it must be a number above 0")
+    if name == "num_hidden_layers" and value > _MOST_LAYERS:
+        raise InputError(f"{place}: {name} is {value}; more than {_MOST_LAYERS:,} are not believed")
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -90,11 +101,16 @@ def _refused(config: Mapping[str, Any]) -> Iterator[_Refused]:
             yield _Refused(key, config[key], "linear layers here have no bias: only false works")
     if config.get("hidden_act", "silu") != "silu":
         yield _Refused("hidden_act", config["hidden_act"], "the MLP here is gated by silu: only silu works")
-    scaling = _rope(config)
-    form = scaling.get("rope_type", scaling.get("type", "default"))
-    if form != "default":
-        yield _Refused("rope_scaling", form, "rotary positions here are not scaled: only the type default works")
-    for table in (config, scaling):
+    # Either table may be there, and transformers takes both.
+    tables = [(key, config[key]) for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+    for key, table in tables:
+        if not isinstance(table, Mapping) or any(isinstance(value, Mapping) for value in table.values()):
+            yield _Refused(key, table, "it must be one table for all layers")
+            return
+        form = table.get("rope_type", table.get("type", "default"))
+        if form != "default":
+            yield _Refused("rope_scaling", form, "rotary positions here are not scaled: only the type default works")
+    for table in (config, *(table for _, table in tables)):
         if table.get("partial_rotary_factor", 1.0) != 1.0:
             yield _Refused(
                 "partial_rotary_factor", table["partial_rotary_factor"], "all channels of a head turn here: only 1"

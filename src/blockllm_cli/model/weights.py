@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         OSError: the disk refuses; the number is that of the cause, whatever words the library has for it.
     """
     content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(content, path, None if metadata is None else dict(metadata))
     except SafetensorError as error:
@@ -60,6 +63,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         code = re.search(r"os error (\d+)|code: (\d+)", str(error))
         number = int(next(group for group in code.groups() if group)) if code else 0
         raise OSError(number, os.strerror(number) if number else str(error), str(path)) from error
+    path.chmod(mode)  # the library writes files that nobody else may read, whatever the umask
     sync_file(path)
 
 

@@ -105,7 +105,7 @@ def export_run(request: ExportRequest, terminal: Terminal) -> Exported:
         StorageError: the disk refuses.
         InterruptedRunError: a signal stopped it.
     """
-    to = request.to.expanduser().absolute()
+    to = request.to.expanduser().resolve()  # a link stays one: what it leads to is the folder
     _check_target(to, request)
     with StopFlag() as stop, opened_run(request.run, step=request.step) as run:
         try:
@@ -152,7 +152,12 @@ def _beside(to: Path) -> Iterator[Path]:
             sync_folder(beside)
             if to.exists():
                 to.rename(old)
-            beside.rename(to)
+            try:
+                beside.rename(to)
+            except OSError:
+                if old.exists():
+                    old.rename(to)
+                raise
             sync_folder(to.parent)
     finally:
         for rest in (beside, old):

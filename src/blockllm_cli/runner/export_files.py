@@ -14,7 +14,7 @@ from torch import Tensor
 from blockllm_cli.data.fast_tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, FastTokenizer
 from blockllm_cli.data.sentencepiece_file import read_sentencepiece
 from blockllm_cli.data.tokenizer import AnyTokenizer
-from blockllm_cli.data.tokenizer_json import tokenizer_json
+from blockllm_cli.data.tokenizer_json import tokenizer_json, with_opening
 from blockllm_cli.durable import sync_file
 from blockllm_cli.errors import InputError, StopRequested
 from blockllm_cli.model.config import LlamaConfig
@@ -125,8 +125,12 @@ def write_tokenizer(folder: Path, tokenizer: AnyTokenizer, positions: int, marks
     """
     problem = None
     if isinstance(tokenizer, FastTokenizer):
-        names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-        write_page(folder / TOKENIZER_JSON, tokenizer.json_text)
+        opens_with_end = marks.bos_id == tokenizer.eos_id
+        names = {
+            "bos_token": tokenizer.eos_token if opens_with_end else tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+        }
+        write_page(folder / TOKENIZER_JSON, with_opening(tokenizer.json_text, names["bos_token"], marks.opening))
     else:
         (folder / SENTENCEPIECE_FILE).write_bytes(tokenizer.model_bytes)
         sync_file(folder / SENTENCEPIECE_FILE)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blockllm_cli.data.tokenizer import AnyTokenizer, load_tokenizer
@@ -120,6 +121,11 @@ def begin(
 
     def stored(name: str, shape: Sequence[int]) -> Tensor:
         values = initial.weights[name].to(precision.weights)
+        if not torch.isfinite(values).all():
+            raise InputError(
+                f"model.init: {name!r} in {initial.name} has values that are not finite in {precision.weights}: the "
+                "checkpoint is damaged, or diverged"
+            )
         initial.tensors[name] = tensor_sha256(values)
         return values
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from typing import Any
 
 from rich.console import Console
 
 
 class LastingConsole(Console):
     """A console whose reader may go away: the work goes on, and log.txt has what is no longer printed."""
+
+    def print(self, *objects: Any, **named: Any) -> None:
+        """Print, or lose the line where the disk behind it is full: no reason to end a run of days.
+
+        What stays in the buffer of the stream fails again when the process flushes it at its end, which is told then.
+        """
+        with contextlib.suppress(OSError):
+            super().print(*objects, **named)
 
     def on_broken_pipe(self) -> None:
         """Print no more, and let what is buffered vanish: Python flushes once more at its end, and would complain."""

@@ -150,7 +150,7 @@ class RunFolder:
             InputError: there is none.
         """
         if not path.is_dir():
-            raise InputError(f"{path} is not a folder; --resume takes latest, latest-good or the folder of a run")
+            raise InputError(f"{path} is not a folder; name the folder of a run, such as runs/NAME/RUN")
         if not (path / RECIPE).is_file():
             raise InputError(f"{path} has no {RECIPE}, so it is not the folder of a run")
         return cls(path)

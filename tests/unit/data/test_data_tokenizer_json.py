@@ -119,6 +119,13 @@ def test_the_name_of_a_byte_is_no_byte_and_unknown_letters_are_one_unknown() -> 
     assert opened(without).encode("zz<0zzz").ids == Tokenizer(without).encode(["zz<0zzz"])[0].tolist()
 
 
+def test_a_name_of_unknown_letters_alone_is_spelled_in_bytes() -> None:
+    """An alphabet without any letter of `</s>`: the whole name is one run of unknown characters."""
+    draw = random.Random(3)
+    texts = [" ".join("".join(draw.choices("abcde", k=draw.randrange(2, 6))) for _ in range(20)) for _ in range(80)]
+    assert_equal(trained(texts, "unigram", 300), ["</s>", "a<s>b", "<unk> <0x0A>", "<>", "\U0001f600\u00e9"])
+
+
 @given(st.text(alphabet=st.one_of(st.sampled_from("ab =-\u2581"), st.characters()), max_size=60))
 @example("abababaaabaaaababaa")
 @example("</s><s><unk><0x0A>")

@@ -118,6 +118,13 @@ def test_config_json_comes_back(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling is 'llama3'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is 'linear'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is 'linear'"),  # beside the default
+        ({"rope_parameters": {"full_attention": {"rope_theta": 7.0}}}, "must be one table for all layers"),
+        ({"rope_scaling": 5}, "rope_scaling is 5; it must be one table"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0; it must be a number above 0"),
+        ({"initializer_range": float("inf")}, "initializer_range is inf; it must be a number above 0"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan; it must be a number above 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; more than 10,000"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"head_dim": 16}, "head_dim is 16; it must be hidden_size / num_attention_heads, 8"),

@@ -152,6 +152,56 @@ def test_a_tokenizer_json_is_exported_as_it_came(tiny, tmp_path):
     assert second.comparison.texts_different == 0
 
 
+@pytest.mark.parametrize(("layout", "opening"), [("pack", [1]), ("truncate", [])])
+def test_a_tokenizer_json_opens_a_text_as_rows_were(tiny, tmp_path, layout, opening):
+    """Whatever its own post-processor does, and where it has no token of its own for a beginning."""
+    transformers = pytest.importorskip("transformers")
+    first = exported(tiny.run(*SHORT), tmp_path / "first")
+    source = tmp_path / "source"
+    source.mkdir()
+    content = json.loads((first.folder / "tokenizer.json").read_text("utf-8"))
+    content["post_processor"] = None if layout == "pack" else content["post_processor"]
+    (source / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    marks = {"eos_token": "<s>"} if layout == "pack" else {"bos_token": "<s>", "eos_token": "</s>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(marks), encoding="utf-8")
+    run = tiny.run(*SHORT, f"tokenizer.path={source / 'tokenizer.json'}", f"data.layout={layout}")
+    second = exported(run, tmp_path / "second")
+    (ids,) = load_tokenizer(run.folder / "tokenizer.model").encode(["The river"])
+    theirs = transformers.AutoTokenizer.from_pretrained(second.folder)
+    assert theirs("The river").input_ids == [*opening, *ids.tolist()]
+    assert theirs.bos_token_id == 1
+
+
+def test_a_link_stays_a_link_and_files_are_for_whoever_the_umask_lets(tiny, tmp_path):
+    run = tiny.run(*SHORT)
+    there = tmp_path / "there"
+    there.mkdir()
+    (tmp_path / "link").symlink_to(there)
+    for overwrite in (False, True):
+        done = exported(run, tmp_path / "link", overwrite=overwrite)
+    assert (tmp_path / "link").is_symlink()
+    assert (there / "config.json").is_file()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    modes = {path.name: path.stat().st_mode for path in done.folder.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_the_earlier_export_comes_back_where_the_new_one_cannot_take_its_place(tiny, tmp_path, monkeypatch):
+    run = tiny.run(*SHORT)
+    done = exported(run, tmp_path / "model")
+    rename = Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if path.name == ".model.tmp":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(StorageError):
+        exported(run, tmp_path / "model", overwrite=True)
+    assert {path.name for path in done.folder.iterdir()} == set(done.files)
+
+
 def test_another_dtype_is_written_and_its_difference_told(tiny, tmp_path):
     run = tiny.run(*SHORT)
     done = exported(run, tmp_path / "model", dtype="bf16", step=6)
@@ -321,7 +371,10 @@ def test_a_full_disk_or_a_stop_leaves_what_was_there(tiny, tmp_path, monkeypatch
 
 
 def test_a_run_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="is not a folder"), Terminal(Console(file=io.StringIO())) as terminal:
+    with (
+        pytest.raises(InputError, match="is not a folder; name the folder of a run"),
+        Terminal(Console(file=io.StringIO())) as terminal,
+    ):
         export_run(ExportRequest(tmp_path / "nowhere", tmp_path / "model"), terminal)
     assert not (tmp_path / "model").exists()
 

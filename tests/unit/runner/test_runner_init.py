@@ -14,7 +14,7 @@ from blockllm_cli.errors import InputError, RecipeError
 from blockllm_cli.runner.export import ExportRequest, export_run
 from blockllm_cli.runner.finished import evaluate_run, generate_text, opened_run
 from blockllm_cli.tracking.terminal import Terminal
-from support.hf import small_config, written_checkpoint
+from support.hf import rewritten, small_config, written_checkpoint
 from support.tiny import equal_rows, equal_tensors
 
 SHORT = ("schedule.steps=6", "schedule.warmup=0", "evaluate.every=3")
@@ -122,6 +122,15 @@ def test_another_dtype_is_converted(begun):
         torch.testing.assert_close(tensor, weights[name].float(), rtol=0, atol=1e-20)
     papers = tiny.run(*SHORT, "run.precision=bf16", "schedule.learning_rate=1e-30")
     equal_tensors(papers.tensors(), weights)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(begun):
+    """Not as a divergence of the first update, whose advice is about the learning rate."""
+    tiny, folder = begun
+    weights = written_checkpoint(folder)
+    rewritten(folder, model__norm__weight=torch.full_like(weights["model.norm.weight"], torch.nan))
+    with pytest.raises(InputError, match=r"'model\.norm\.weight' in .* not finite in torch\.float32"):
+        tiny.run(*SHORT)
 
 
 def test_a_recipe_that_says_otherwise_is_refused_before_anything_is_made(begun):
