@@ -143,8 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(f"error: {error}", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", INTERRUPT_STATUS)
-    except (BrokenPipeError, SystemExit):  # the latter is what rich makes of the former in a page of help
+    except BrokenPipeError:
         return _reader_gone()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # what rich makes of it in a page of help
+            return _reader_gone()
+        raise  # typer's completion ends like this
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
             _reader_gone()

@@ -216,3 +216,9 @@ def test_bash_completes_what_the_command_offers(tmp_path):
         ["bash", "--norc", "-c", "; ".join(lines), BLOCKLLM], capture_output=True, text=True, timeout=60, cwd=tmp_path
     )
     assert done.stdout.splitlines() == ["quickstart", "complete -o default -F _blockllm_completion blockllm"]
+    assert done.stderr == ""
+    shown = subprocess.run([BLOCKLLM, "--show-completion", "bash"], capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    asked = dict(os.environ, _BLOCKLLM_COMPLETE="complete_bash", COMP_WORDS="blockllm pretrain qui", COMP_CWORD="2")
+    offered = subprocess.run([BLOCKLLM], env=asked, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (offered.returncode, offered.stdout.split()) == (0, ["quickstart"])
