@@ -62,7 +62,7 @@ def transport_faults() -> Iterator[None]:
     client = sys.modules[type(get_session()).__module__.partition(".")[0]]
     try:
         yield
-    except client.TransportError as error:
+    except client.RequestError as error:  # of the transport, and of answers that lead nowhere
         raise FaultError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
     except RuntimeError as error:
         # The session is shared by all threads, and the library closes it when one of them cannot connect.
@@ -142,10 +142,10 @@ def _bytes_before(response: Any, start: int, size: int) -> int:
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait as the server says: `Retry-After` as a number or a date, or the hub's rate limit header."""
     value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
+    if value.isdecimal():
         return float(value)
     if value:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     limited = _RATE_LIMIT.search(headers.get("ratelimit", ""))
     return float(limited[1]) if limited else None
