@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockllm_cli.durable import storage_errors, write_json
+from blockllm_cli.durable import storage_error, storage_errors, write_json
 from blockllm_cli.errors import InputError
 from blockllm_cli.hub.http import check_status, endpoint, quiet, transport_faults
 from blockllm_cli.hub.link import FaultError, Link
@@ -62,7 +62,7 @@ def kept_listing(wanted: Wanted, folder: Path) -> Listing | None:
         kept = json.loads(_place(wanted, folder).read_text("utf-8"))
         splits = {name: tuple(RemoteFile(**file) for file in files) for name, files in kept["splits"].items()}
         return Listing(kept["commit"], splits)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
@@ -121,9 +121,31 @@ def _ask(wanted: Wanted) -> Listing:
         raise FaultError(str(error)) from error
     except ConnectionError as error:
         raise FaultError(str(error)) from error
-    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{wanted}: {error}") from error
+    except FaultError:
+        raise
+    except Exception as error:
+        raise _refusal(error, wanted) from error
     return Listing(commit, {name: tuple(files[path] for path in split) for name, split in paths.items()})
+
+
+def _refusal(error: Exception, wanted: Wanted) -> Exception:
+    """What an error of the libraries means that says it by no type: they pass on those of YAML, JSON and the disk."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalEntryNotFoundError):  # its word for: the hub did not give a file that it lists
+            return FaultError(str(cause.__cause__ or cause).partition("\n")[0])
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OSError) and error.errno is not None:
+        place = Path(error.filename) if isinstance(error.filename, str) else Path.cwd()
+        return storage_error(place, "write", error, option="the environment variable HF_HOME")
+    if isinstance(error, (KeyError, TypeError, AttributeError, json.JSONDecodeError)):
+        return InputError(
+            f"{endpoint()}, asked for {wanted}, gives an answer that is none of a hub's ({type(error).__name__}: "
+            f"{error}): check HF_ENDPOINT, and whether a proxy or a log-in page stands between"
+        )
+    return InputError(f"{wanted} cannot be used: {error}")
 
 
 def _paths(data_files: Any, prefix: str) -> dict[str, list[str]]:
