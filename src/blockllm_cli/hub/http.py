@@ -17,6 +17,7 @@ from blockllm_cli.hub.link import PROBE_SECONDS, FaultError
 # 404 and 416 of a file that the hub lists, with its size: its storage is not always in step with the list.
 _PASSING = {404, 408, 416, 425, 429}
 _RATE_LIMIT = re.compile(r"r=0\s*;\s*t=(\d+)")
+_USER = re.compile(r"//[^/@\s]*@")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 
 
@@ -26,6 +27,11 @@ def endpoint() -> str:
 
     address: str = constants.ENDPOINT
     return address
+
+
+def shown(address: str) -> str:
+    """An address as it may stand in a message or a log: without a user's name and password."""
+    return _USER.sub("//", address)
 
 
 def quiet() -> None:
@@ -123,7 +129,7 @@ def check_status(response: Any, url: str) -> None:
     hint = ""
     if status in (401, 403):
         hint = "; log in with `hf auth login` or set HF_TOKEN, and accept the conditions on the repository's page"
-    raise InputError(f"{url}: the hub answered {text}{hint}")
+    raise InputError(f"{shown(url)}: the hub answered {text}{hint}")
 
 
 def _bytes_before(response: Any, start: int, size: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from blockllm_cli.durable import storage_error, storage_errors, write_json
 from blockllm_cli.errors import InputError
-from blockllm_cli.hub.http import check_status, endpoint, quiet, transport_faults
+from blockllm_cli.hub.http import check_status, endpoint, quiet, shown, transport_faults
 from blockllm_cli.hub.link import FaultError, Link
 from blockllm_cli.hub.remote import RemoteFile
 
@@ -79,7 +79,7 @@ def fetch_listing(wanted: Wanted, folder: Path, link: Link, should_stop: Callabl
     listing = link.patiently(what, lambda: _ask(wanted), should_stop)
     link.doing = ""
     place = _place(wanted, folder)
-    with storage_errors(place, "write"):
+    with storage_errors(place, "write", option="data.cache, or the environment variable BLOCKLLM_CACHE"):
         place.parent.mkdir(parents=True, exist_ok=True)
     splits = {name: [file.as_json() for file in files] for name, files in listing.splits.items()}
     write_json(place, {"dataset": str(wanted), "commit": listing.commit, "splits": splits})
@@ -111,7 +111,7 @@ def _ask(wanted: Wanted) -> Listing:
             files = _described(api, wanted.repository, commit, [path for split in paths.values() for path in split])
     except (RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise InputError(
-            f"{wanted.repository}: {endpoint()} has no such dataset, or it is not open to everyone: check the name, or "
+            f"{wanted.repository}: {shown(endpoint())} has no such dataset, or it is not open to everyone: check the name, or "
             "log in with `hf auth login` or HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
@@ -142,7 +142,7 @@ def _refusal(error: Exception, wanted: Wanted) -> Exception:
         return storage_error(place, "write", error, option="the environment variable HF_HOME")
     if isinstance(error, (KeyError, TypeError, AttributeError, json.JSONDecodeError)):
         return InputError(
-            f"{endpoint()}, asked for {wanted}, gives an answer that is none of a hub's ({type(error).__name__}: "
+            f"{shown(endpoint())}, asked for {wanted}, gives an answer that is none of a hub's ({type(error).__name__}: "
             f"{error}): check HF_ENDPOINT, and whether a proxy or a log-in page stands between"
         )
     return InputError(f"{wanted} cannot be used: {error}")
