@@ -64,8 +64,8 @@ def _download(repository: str, filename: str, kind: Kind, revision: str | None) 
             return Path(hf_hub_download(repository, filename, repo_type=kind, revision=revision, endpoint=endpoint()))
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"{repository}: {shown(endpoint())} has no such {kind}, or it is not open to everyone: check the name, or log in "
-            "with `hf auth login` or HF_TOKEN"
+            f"{repository}: {shown(endpoint())} has no such {kind}, or it is not open to everyone: check the name, or "
+            "log in with `hf auth login` or HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"{repository} has no revision {revision!r}") from error

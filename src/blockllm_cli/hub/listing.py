@@ -111,8 +111,8 @@ def _ask(wanted: Wanted) -> Listing:
             files = _described(api, wanted.repository, commit, [path for split in paths.values() for path in split])
     except (RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise InputError(
-            f"{wanted.repository}: {shown(endpoint())} has no such dataset, or it is not open to everyone: check the name, or "
-            "log in with `hf auth login` or HF_TOKEN"
+            f"{wanted.repository}: {shown(endpoint())} has no such dataset, or it is not open to everyone: check the name, "
+            "or log in with `hf auth login` or HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"{wanted.repository} has no revision {wanted.revision!r}") from error
@@ -142,8 +142,8 @@ def _refusal(error: Exception, wanted: Wanted) -> Exception:
         return storage_error(place, "write", error, option="the environment variable HF_HOME")
     if isinstance(error, (KeyError, TypeError, AttributeError, json.JSONDecodeError)):
         return InputError(
-            f"{shown(endpoint())}, asked for {wanted}, gives an answer that is none of a hub's ({type(error).__name__}: "
-            f"{error}): check HF_ENDPOINT, and whether a proxy or a log-in page stands between"
+            f"{shown(endpoint())}, asked for {wanted}, gives an answer that is none of a hub's "
+            f"({type(error).__name__}: {error}): check HF_ENDPOINT, and whether a proxy or a log-in page stands between"
         )
     return InputError(f"{wanted} cannot be used: {error}")
 

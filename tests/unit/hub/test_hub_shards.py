@@ -336,6 +336,13 @@ def test_the_least_recently_used_files_go_when_the_bound_is_passed(hub, tmp_path
     assert not held[1]
 
 
+def test_a_bound_of_nothing_keeps_what_is_in_use(hub, tmp_path):
+    shard = shard_of(hub, ShardCache(tmp_path / "shards", 0))
+    assert read(shard) == CONTENT
+    assert shard.cache.holds(shard.remote)
+    assert hub.sent["en/a.json.gz"] == len(CONTENT)
+
+
 def test_readers_of_one_file_share_what_comes(hub, cache):
     shard = shard_of(hub, cache)
     found = []
