@@ -128,17 +128,22 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
+def locked(path: Path, should_stop: Callable[[], bool], *, option: str = "--output") -> Iterator[None]:
     """Hold the lock file `path`, which is made if it is not there, waiting for other holders: threads and processes.
+
+    Args:
+        path: the file.
+        should_stop: looked at while waiting.
+        option: as for `storage_errors`.
 
     Raises:
         StorageError: it cannot be made, or the file system has no locks.
         StopRequested: `should_stop` became true while waiting.
     """
-    with storage_errors(path, "lock"):
+    with storage_errors(path, "lock", option=option):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        while not _taken(path, descriptor):
+        while not _taken(path, descriptor, option):
             if should_stop():
                 raise StopRequested
             time.sleep(_POLL_SECONDS)
@@ -147,8 +152,8 @@ def locked(path: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _taken(path: Path, descriptor: int) -> bool:
-    with storage_errors(path, "lock"):
+def _taken(path: Path, descriptor: int, option: str) -> bool:
+    with storage_errors(path, "lock", option=option):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -144,7 +144,8 @@ class RowStream:
         elif state["corpus"] != self._fingerprint:
             raise InputError(
                 "the training files are not those of the checkpoint (another name, size or number of files): a run "
-                "continues only on the same files; put them back, or start a new run"
+                "continues only on the same files; put them back, or start a new run. Those of a hub are at the commit "
+                "that the run's first line of events.jsonl names: --set data.revision=COMMIT"
             )
         self._state = dict(state)
         self._counts = Counts(**state["counts"])

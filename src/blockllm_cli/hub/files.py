@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blockllm_cli.errors import InputError
-from blockllm_cli.hub.http import check_status, endpoint, quiet, transport_faults
+from blockllm_cli.hub.http import check_status, endpoint, quiet, shown, transport_faults
 from blockllm_cli.hub.link import OFFLINE_WAYS, FaultError, Link
 from blockllm_cli.hub.remote import Kind
 
@@ -64,8 +64,8 @@ def _download(repository: str, filename: str, kind: Kind, revision: str | None) 
             return Path(hf_hub_download(repository, filename, repo_type=kind, revision=revision, endpoint=endpoint()))
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"{repository}: {endpoint()} has no such {kind}, or it is not open to everyone: check the name, or log in "
-            "with `hf auth login` or HF_TOKEN"
+            f"{repository}: {shown(endpoint())} has no such {kind}, or it is not open to everyone: check the name, or "
+            "log in with `hf auth login` or HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"{repository} has no revision {revision!r}") from error

@@ -17,6 +17,7 @@ from blockllm_cli.hub.link import PROBE_SECONDS, FaultError
 # 404 and 416 of a file that the hub lists, with its size: its storage is not always in step with the list.
 _PASSING = {404, 408, 416, 425, 429}
 _RATE_LIMIT = re.compile(r"r=0\s*;\s*t=(\d+)")
+_USER = re.compile(r"//[^/@\s]*@")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 
 
@@ -26,6 +27,11 @@ def endpoint() -> str:
 
     address: str = constants.ENDPOINT
     return address
+
+
+def shown(address: str) -> str:
+    """An address as it may stand in a message or a log: without a user's name and password."""
+    return _USER.sub("//", address)
 
 
 def quiet() -> None:
@@ -62,7 +68,7 @@ def transport_faults() -> Iterator[None]:
     client = sys.modules[type(get_session()).__module__.partition(".")[0]]
     try:
         yield
-    except client.TransportError as error:
+    except client.RequestError as error:  # of the transport, and of answers that lead nowhere
         raise FaultError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
     except RuntimeError as error:
         # The session is shared by all threads, and the library closes it when one of them cannot connect.
@@ -123,7 +129,7 @@ def check_status(response: Any, url: str) -> None:
     hint = ""
     if status in (401, 403):
         hint = "; log in with `hf auth login` or set HF_TOKEN, and accept the conditions on the repository's page"
-    raise InputError(f"{url}: the hub answered {text}{hint}")
+    raise InputError(f"{shown(url)}: the hub answered {text}{hint}")
 
 
 def _bytes_before(response: Any, start: int, size: int) -> int:
@@ -142,10 +148,10 @@ def _bytes_before(response: Any, start: int, size: int) -> int:
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait as the server says: `Retry-After` as a number or a date, or the hub's rate limit header."""
     value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
+    if value.isdecimal():
         return float(value)
     if value:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     limited = _RATE_LIMIT.search(headers.get("ratelimit", ""))
     return float(limited[1]) if limited else None

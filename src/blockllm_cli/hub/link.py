@@ -206,7 +206,7 @@ def why_out_of_reach(should_stop: Callable[[], bool]) -> str | None:
     Raises:
         StopRequested: a stop was asked for.
     """
-    from blockllm_cli.hub.http import endpoint, probe
+    from blockllm_cli.hub.http import endpoint, probe, shown
 
     variable = offline_variable()
     if variable is not None:
@@ -214,5 +214,5 @@ def why_out_of_reach(should_stop: Callable[[], bool]) -> str | None:
     try:
         in_background(probe, should_stop, limit=PROBE_SECONDS)
     except FaultError as fault:
-        return f"{endpoint()} cannot be reached ({fault})"
+        return f"{shown(endpoint())} cannot be reached ({fault})"
     return None

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockllm_cli.durable import storage_errors, write_json
+from blockllm_cli.durable import storage_error, storage_errors, write_json
 from blockllm_cli.errors import InputError
-from blockllm_cli.hub.http import check_status, endpoint, quiet, transport_faults
+from blockllm_cli.hub.http import check_status, endpoint, quiet, shown, transport_faults
 from blockllm_cli.hub.link import FaultError, Link
 from blockllm_cli.hub.remote import RemoteFile
 
@@ -62,7 +62,7 @@ def kept_listing(wanted: Wanted, folder: Path) -> Listing | None:
         kept = json.loads(_place(wanted, folder).read_text("utf-8"))
         splits = {name: tuple(RemoteFile(**file) for file in files) for name, files in kept["splits"].items()}
         return Listing(kept["commit"], splits)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
@@ -79,7 +79,7 @@ def fetch_listing(wanted: Wanted, folder: Path, link: Link, should_stop: Callabl
     listing = link.patiently(what, lambda: _ask(wanted), should_stop)
     link.doing = ""
     place = _place(wanted, folder)
-    with storage_errors(place, "write"):
+    with storage_errors(place, "write", option="data.cache, or the environment variable BLOCKLLM_CACHE"):
         place.parent.mkdir(parents=True, exist_ok=True)
     splits = {name: [file.as_json() for file in files] for name, files in listing.splits.items()}
     write_json(place, {"dataset": str(wanted), "commit": listing.commit, "splits": splits})
@@ -111,8 +111,8 @@ def _ask(wanted: Wanted) -> Listing:
             files = _described(api, wanted.repository, commit, [path for split in paths.values() for path in split])
     except (RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise InputError(
-            f"{wanted.repository}: {endpoint()} has no such dataset, or it is not open to everyone: check the name, or "
-            "log in with `hf auth login` or HF_TOKEN"
+            f"{wanted.repository}: {shown(endpoint())} has no such dataset, or it is not open to everyone: check the "
+            "name, or log in with `hf auth login` or HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"{wanted.repository} has no revision {wanted.revision!r}") from error
@@ -121,9 +121,31 @@ def _ask(wanted: Wanted) -> Listing:
         raise FaultError(str(error)) from error
     except ConnectionError as error:
         raise FaultError(str(error)) from error
-    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{wanted}: {error}") from error
+    except FaultError:
+        raise
+    except Exception as error:
+        raise _refusal(error, wanted) from error
     return Listing(commit, {name: tuple(files[path] for path in split) for name, split in paths.items()})
+
+
+def _refusal(error: Exception, wanted: Wanted) -> Exception:
+    """What an error of the libraries means that says it by no type: they pass on those of YAML, JSON and the disk."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalEntryNotFoundError):  # its word for: the hub did not give a file that it lists
+            return FaultError(str(cause.__cause__ or cause).partition("\n")[0])
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OSError) and error.errno is not None:
+        place = Path(error.filename) if isinstance(error.filename, str) else Path.cwd()
+        return storage_error(place, "write", error, option="the environment variable HF_HOME")
+    if isinstance(error, (KeyError, TypeError, AttributeError, json.JSONDecodeError)):
+        return InputError(
+            f"{shown(endpoint())}, asked for {wanted}, gives an answer that is none of a hub's "
+            f"({type(error).__name__}: {error}): check HF_ENDPOINT, and whether a proxy or a log-in page stands between"
+        )
+    return InputError(f"{wanted} cannot be used: {error}")
 
 
 def _paths(data_files: Any, prefix: str) -> dict[str, list[str]]:

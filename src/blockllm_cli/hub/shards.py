@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from blockllm_cli.durable import locked, storage_errors, sync_folder
 from blockllm_cli.errors import InputError, StopRequested
 from blockllm_cli.hub.http import fetch_range
-from blockllm_cli.hub.link import OFFLINE_WAYS, FaultError, Link, Patience, in_background
+from blockllm_cli.hub.link import OFFLINE_WAYS, PROBE_SECONDS, FaultError, Link, Patience, in_background
 from blockllm_cli.hub.remote import RemoteFile
 from blockllm_cli.units import format_bytes
 
@@ -32,6 +32,8 @@ CHUNK_BYTES = 8 << 20
 """Fetched by one request. Between requests no connection is open: a reader may be slower than a server is patient."""
 
 _PROGRESS_BYTES = 1 << 16
+_LOCAL_TRIES = 3
+_ELSEWHERE = "data.cache, or the environment variable BLOCKLLM_CACHE"
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,16 @@ class HubShard:
         Raises:
             InputError, StorageError, StopRequested: as reading it does.
         """
-        with self.opened(should_stop) as file:
-            while file.read(CHUNK_BYTES):
-                pass
-        return self.cache.place(self.remote)
+        for _ in range(_LOCAL_TRIES):
+            with self.opened(should_stop) as file:
+                while file.read(CHUNK_BYTES):
+                    pass
+            if self.cache.holds(self.remote):
+                return self.cache.place(self.remote)
+        raise InputError(
+            f"{self}: other processes throw it out of {self.cache.folder} before it is read: raise "
+            "data.shard_cache_bytes, or use another data.cache"
+        )
 
 
 class _Fetched(io.RawIOBase):
@@ -131,16 +139,22 @@ class _Fetched(io.RawIOBase):
         self._place = shard.cache.place(shard.remote)
         self._part = self._place.with_name(self._place.name + ".part")
         self._position = 0
-        with storage_errors(self._place, "write"):
+        with storage_errors(self._place, "write", option=_ELSEWHERE):
             self._place.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._open()
+        if self._here() >= shard.remote.size and not self._place.exists():
+            self._grow()  # who fetched the last byte was killed before it was compared
 
     def _open(self) -> io.FileIO:
-        for path, mode in ((self._place, "rb"), (self._part, "r+b")):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)  # what was read last is thrown out last
-                return io.FileIO(path, mode)
-        return io.FileIO(self._part, "w+b")
+        with contextlib.suppress(FileNotFoundError):
+            if self._place.stat().st_size == self._shard.remote.size:
+                _touch(self._place)
+                return io.FileIO(self._place, "rb")
+            self._place.unlink()  # cut by something else: it had its size when it was named
+        # Never emptied: another reader may have begun it since.
+        file = io.FileIO(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        _touch(self._part)
+        return file
 
     def readable(self) -> bool:
         return True
@@ -167,7 +181,7 @@ class _Fetched(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        if not self.closed:
+        if not self.closed and "_file" in vars(self):  # not there if it could not be opened
             self._file.close()
         super().close()
 
@@ -177,7 +191,8 @@ class _Fetched(io.RawIOBase):
     def _grow(self) -> None:
         """Fetch the next chunk, unless another reader of the same file has done so meanwhile."""
         size = self._shard.remote.size
-        with locked(self._place.with_name(self._place.name + ".lock"), self._should_stop):
+        with locked(self._place.with_name(self._place.name + ".lock"), self._waits_for_lock, option=_ELSEWHERE):
+            self._shard.link.doing = ""
             if self._place.exists():
                 self._file.close()
                 self._file = self._open()
@@ -185,8 +200,12 @@ class _Fetched(io.RawIOBase):
             if have <= self._position and have < size:
                 self._shard.cache.make_room(spared=self._place)
                 self._fetch(have, min(have + CHUNK_BYTES, size))
-                if self._here() == size:
-                    self._finish()
+            if self._here() >= size and not self._place.exists():
+                self._finish()
+
+    def _waits_for_lock(self) -> bool:
+        self._shard.link.doing = f"{self._shard}, which another reader of {self._place.parent} fetches"
+        return self._should_stop()
 
     def _fetch(self, start: int, stop: int) -> None:
         """Bring the part on disk from `start` to `stop` bytes, with as many requests as that takes."""
@@ -212,7 +231,9 @@ class _Fetched(io.RawIOBase):
 
     def _request(self, start: int, stop: int) -> tuple[bytes, FaultError | None]:
         """What one request brings, whole or not, and what ended it."""
-        remote, retry_seconds = self._shard.remote, self._shard.link.retry_seconds
+        remote = self._shard.remote
+        # Also where nothing is tried again, an answer is given the time that it takes.
+        retry_seconds = max(self._shard.link.retry_seconds, PROBE_SECONDS)
         sink, cancelled = bytearray(), threading.Event()
         seen, since = 0, time.monotonic()
 
@@ -239,7 +260,7 @@ class _Fetched(io.RawIOBase):
         return bytes(sink), fault
 
     def _append(self, content: bytes, at: int) -> None:
-        with storage_errors(self._part, "write"):
+        with storage_errors(self._part, "write", option=_ELSEWHERE):
             self._file.seek(at)
             rest = memoryview(content)
             while rest:
@@ -248,7 +269,7 @@ class _Fetched(io.RawIOBase):
 
     def _finish(self) -> None:
         """Give the whole file its name, if it is what the hub lists."""
-        with storage_errors(self._place, "write"):
+        with storage_errors(self._place, "write", option=_ELSEWHERE):
             try:
                 is_named = self._part.samefile(f"/dev/fd/{self._file.fileno()}")
             except FileNotFoundError:
@@ -264,3 +285,9 @@ class _Fetched(io.RawIOBase):
             f"{self._shard}: what came is not what the hub lists (another hash); it was removed from the cache. A "
             "proxy or a failing disk may have damaged it: run the same command again, with --resume for a run"
         )
+
+
+def _touch(path: Path) -> None:
+    """What was read last is thrown out last; a cache that others fill may be read-only."""
+    with contextlib.suppress(OSError):
+        os.utime(path)

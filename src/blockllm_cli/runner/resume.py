@@ -20,6 +20,7 @@ _FREE = (
     "run.output",
     "data.workers",
     "data.cache",
+    "data.revision",  # what is read is identified by its content, and compared
     "data.shard_cache_bytes",
     "data.retry_seconds",
 )

@@ -127,6 +127,13 @@ def test_a_refused_connection_is_said(hub, monkeypatch):
     assert "http://127.0.0.1:9 cannot be reached (ConnectError" in why_out_of_reach(never)
 
 
+def test_a_password_in_the_address_is_not_said(hub, monkeypatch):
+    at(monkeypatch, "http://someone:secret@127.0.0.1:9")
+    said = why_out_of_reach(never)
+    assert said.startswith("http://127.0.0.1:9 cannot be reached")
+    assert "secret" not in said
+
+
 def test_an_answer_that_is_no_http_is_none(hub, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listening:
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from blockllm_cli.errors import InputError
+from blockllm_cli.errors import InputError, StorageError
 from blockllm_cli.hub.link import Link
 from blockllm_cli.hub.listing import Wanted, fetch_listing, kept_listing
 from support.hub import C4, COMMIT, Rule, like_c4, refused
@@ -50,8 +50,9 @@ def test_the_default_configuration_is_the_one_that_the_repository_names(c4, tmp_
 def test_a_damaged_list_is_no_list(c4, tmp_path):
     fetched(tmp_path)
     (kept,) = (tmp_path / "lists").iterdir()
-    kept.write_text("{")
-    assert kept_listing(Wanted(C4, "en"), tmp_path / "lists") is None
+    for content in ("{", "[]", "null", '{"splits": []}', '{"splits": {"train": [{}]}, "commit": ""}', "\x00"):
+        kept.write_text(content)
+        assert kept_listing(Wanted(C4, "en"), tmp_path / "lists") is None
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,48 @@ def test_a_damaged_list_is_no_list(c4, tmp_path):
 def test_what_is_not_there_is_said_at_once(c4, tmp_path, wanted, said):
     with pytest.raises(InputError, match=said):
         fetched(tmp_path, wanted)
+
+
+def answering(body):
+    def fault(answer):
+        answer.send(200, body)
+        return True
+
+    return fault
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"null", b"<html>please log in</html>"])
+@pytest.mark.parametrize("path", ["/api/datasets/[^/]+/[^/]+$", "/tree/"], ids=["info", "tree"])
+def test_an_answer_that_is_none_of_a_hub_is_said(c4, tmp_path, path, body):
+    c4.rules = [Rule(path, answering(body))]
+    with pytest.raises(InputError, match=r"allenai/c4 .*(none of a hub's .*check HF_ENDPOINT|No .* data files found)"):
+        fetched(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("one.py", b"", "scripts are no longer supported"),
+        ("README.md", b"---\nconfigs: [a: {b\n---\n", "while parsing"),
+        ("README.md", b"---\nconfigs: 7\n---\n", "configs"),
+    ],
+)
+def test_a_dataset_that_the_library_refuses_is_an_input_error(hub, tmp_path, name, content, said):
+    hub.add("some/one", name, content)
+    hub.add("some/one", "README.md", content if name == "README.md" else b"words")
+    with pytest.raises(InputError, match=f"some/one cannot be used: (.|\n)*{said}"):
+        fetched(tmp_path, Wanted("some/one"))
+
+
+def test_a_card_that_is_missing_for_a_moment_is_asked_for_again(c4, tmp_path):
+    c4.rules = [Rule("README.md", refused(404), times=1)]
+    assert fetched(tmp_path).commit == COMMIT
+
+
+def test_a_disk_that_refuses_what_the_library_keeps_is_one_of_storage(c4, tmp_path, monkeypatch):
+    (tmp_path / "hf").write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match="HF_HOME"):
+        fetched(tmp_path)
 
 
 def test_a_hub_that_refuses_for_good_ends_the_patience(c4, tmp_path):

@@ -1,10 +1,13 @@
 """Files of a hub that are read while they are fetched, over a real connection that misbehaves."""
 
+import fcntl
 import hashlib
+import io
 import multiprocessing
 import os
 import random
 import threading
+import time
 
 import pytest
 
@@ -13,7 +16,7 @@ from blockllm_cli.hub import shards
 from blockllm_cli.hub.link import Link
 from blockllm_cli.hub.remote import RemoteFile
 from blockllm_cli.hub.shards import HubShard, ShardCache
-from support.hub import C4, COMMIT, Rule, other_content, refused, reset_after, trickle, truncated_to
+from support.hub import C4, COMMIT, Rule, other_content, refused, reset_after, running_hub, trickle, truncated_to
 
 CONTENT = random.Random(5).randbytes(300_000)
 CHUNK = 64_000
@@ -134,7 +137,8 @@ def test_a_slow_trickle_is_no_fault(hub, cache):
     assert events == []
 
 
-def test_a_trickle_that_is_nearly_nothing_ends_the_patience(hub, cache):
+def test_a_trickle_that_is_nearly_nothing_ends_the_patience(hub, cache, monkeypatch):
+    monkeypatch.setattr(shards, "PROBE_SECONDS", 0.1)
     shard = shard_of(hub, cache, link=Link(0.3))
     hub.rules = [Rule("a.json.gz", trickle(10, 0.05))]
     with pytest.raises(InputError, match=r"less than 64.00 KiB came in 0.3 s.*data.retry_seconds = 0.3"):
@@ -186,6 +190,133 @@ def test_refusals_for_good_are_said_with_the_way_out(hub, cache):
         read(shard_of(hub, cache))
 
 
+def part_of(shard, content):
+    """What a killed process left."""
+    part = shard.cache.place(shard.remote).with_name("a.json.gz.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(content)
+    return part
+
+
+@pytest.mark.parametrize("content", [CONTENT, b""])
+def test_a_part_that_is_whole_gets_its_name_without_another_byte(hub, cache, content):
+    """A kill between the last byte and the comparison."""
+    shard = shard_of(hub, cache, content=content)
+    part_of(shard, content)
+    assert shard.local(never).read_bytes() == content
+    assert cache.holds(shard.remote)
+    assert hub.sent["en/a.json.gz"] == 0
+
+
+@pytest.mark.parametrize("content", [bytes(len(CONTENT)), CONTENT + b"more"], ids=["other", "longer"])
+def test_a_part_that_is_whole_and_another_content_is_never_read(hub, cache, content):
+    shard = shard_of(hub, cache)
+    part = part_of(shard, content)
+    with pytest.raises(InputError, match="not what the hub lists"):
+        read(shard)
+    assert not part.exists()
+    assert read(shard) == CONTENT
+
+
+def test_a_kept_file_that_was_cut_is_fetched_again(hub, cache):
+    shard = shard_of(hub, cache)
+    read(shard)
+    os.truncate(cache.place(shard.remote), 10)
+    assert read(shard) == CONTENT
+
+
+def test_a_file_that_is_thrown_out_again_and_again_is_no_damage(hub, cache, monkeypatch):
+    shard = shard_of(hub, cache)
+    monkeypatch.setattr(ShardCache, "holds", lambda *_: False)
+    with pytest.raises(InputError, match=r"raise data\.shard_cache_bytes"):
+        shard.local(never)
+
+
+def test_a_reader_never_empties_what_another_has_begun(hub, cache, monkeypatch):
+    shard = shard_of(hub, cache)
+    real = io.FileIO
+
+    def late(path, mode="rb"):
+        """The other one begins between the look for a part and its making."""
+        part = cache.place(shard.remote).with_name("a.json.gz.part")
+        if not part.exists() or not part.stat().st_size:
+            part.write_bytes(CONTENT[:100])
+        return real(path, mode)
+
+    monkeypatch.setattr(io, "FileIO", late)
+    with shard.opened(never) as file:
+        assert file.read() == CONTENT
+    assert hub.sent["en/a.json.gz"] == len(CONTENT) - 100
+
+
+def test_a_file_whose_time_cannot_be_set_is_read(hub, cache, monkeypatch):
+    shard = shard_of(hub, cache)
+    read(shard)
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert read(shard) == CONTENT
+
+
+def test_without_retries_an_answer_may_take_its_time(hub, cache):
+    shard = shard_of(hub, cache, content=CONTENT[:30_000], link=Link(0.0))
+    hub.rules = [Rule("a.json.gz", trickle(5_000, 0.03))]
+    assert read(shard) == CONTENT[:30_000]
+
+
+def test_a_redirect_without_an_end_is_a_fault(hub, cache):
+    def around(answer):
+        answer.send(302, b"", {"Location": answer.path})
+        return True
+
+    hub.rules = [Rule("a.json.gz", around)]
+    with pytest.raises(InputError, match="TooManyRedirects"):
+        read(shard_of(hub, cache, link=Link(0.0)))
+
+
+def test_the_token_stays_with_the_hub_when_it_sends_on_to_another_server(hub, cache, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    shard = shard_of(hub, cache)
+    seen = []
+    with running_hub() as other:
+        other.files = hub.files
+
+        def send_on(answer):
+            seen.append(answer.headers["Authorization"])
+            answer.send(302, b"", {"Location": other.url + answer.path})
+            return True
+
+        def look(answer):
+            seen.append(answer.headers["Authorization"])
+            return False
+
+        hub.rules, other.rules = [Rule("a.json.gz", send_on)], [Rule("a.json.gz", look)]
+        assert read(shard) == CONTENT
+    assert set(seen[::2]) == {"Bearer hf_secret"}
+    assert set(seen[1::2]) == {None}
+
+
+@pytest.mark.parametrize("when", ["-5", "²", "9" * 400, "garbage", "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"])
+def test_an_odd_time_to_come_back_is_no_bug(hub, cache, when):
+    hub.rules = [Rule("a.json.gz", refused(503, when))]
+    with pytest.raises(InputError, match="503 Service Unavailable"):
+        read(shard_of(hub, cache, link=Link(0.0)))
+
+
+def test_a_wait_for_another_reader_has_words(hub, cache):
+    shard = shard_of(hub, cache)
+    lock = cache.place(shard.remote).with_name("a.json.gz.lock")
+    lock.parent.mkdir(parents=True)
+    end = time.monotonic() + 10
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StopRequested):
+            read(shard, lambda: shard.link.doing != "" or time.monotonic() > end)
+    assert "which another reader of" in shard.link.doing
+
+
 def test_the_least_recently_used_files_go_when_the_bound_is_passed(hub, tmp_path):
     cache = ShardCache(tmp_path / "shards", 2 * len(CONTENT))
     kept = [shard_of(hub, cache, f"{i}.json.gz", bytes([i]) * len(CONTENT)) for i in range(4)]
@@ -203,6 +334,13 @@ def test_the_least_recently_used_files_go_when_the_bound_is_passed(hub, tmp_path
     assert held[3]
     assert sum(held) <= 3
     assert not held[1]
+
+
+def test_a_bound_of_nothing_keeps_what_is_in_use(hub, tmp_path):
+    shard = shard_of(hub, ShardCache(tmp_path / "shards", 0))
+    assert read(shard) == CONTENT
+    assert shard.cache.holds(shard.remote)
+    assert hub.sent["en/a.json.gz"] == len(CONTENT)
 
 
 def test_readers_of_one_file_share_what_comes(hub, cache):

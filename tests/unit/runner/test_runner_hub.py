@@ -151,8 +151,21 @@ def test_a_new_commit_with_the_same_shards_is_the_same_corpus_and_other_shards_a
     tiny.run(*FROM_HUB, resume="latest", stop_after=6)
     name = next(path for _, _, path in c4.files if path.startswith(TRAIN))
     c4.add(C4, name, gzip.compress(b'{"text": "something else"}\n'))
-    with pytest.raises(InputError, match="training files are not those of the checkpoint"):
+    with pytest.raises(InputError, match=r"training files are not those of the checkpoint.*data\.revision=COMMIT"):
         tiny.run(*FROM_HUB, resume="latest")
+
+
+def test_a_run_goes_on_at_the_commit_it_began_with_when_the_main_branch_has_moved(c4, tiny, from_files):
+    cut = tiny.run(*FROM_HUB, stop_after=3)
+    before = dict(c4.files)
+    name = next(path for _, _, path in c4.files if path.startswith(TRAIN))
+    first, c4.commit = c4.commit, "f" * 40
+    c4.add(C4, name, gzip.compress(b'{"text": "something else"}\n'))
+    with pytest.raises(InputError, match="training files are not those"):
+        tiny.run(*FROM_HUB, resume="latest")
+    assert cut.events[0]["commit"] == first
+    c4.commit, c4.files = first, before  # as the hub answers when it is asked for that commit
+    same(tiny.run(*FROM_HUB, f"data.revision={first}", resume="latest"), from_files)
 
 
 def test_what_was_fetched_needs_no_network_r24(c4, tiny, monkeypatch):
