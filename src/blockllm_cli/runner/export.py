@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ from blockllm_cli.training.signals import StopFlag
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CARD = "README.md"
+# What an export may have written; all else is somebody's.
+_EXPORTED = re.compile(
+    r"README\.md|(generation_)?config\.json|tokenizer(\.json|_config\.json|\.model)|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,12 @@ def _check_target(to: Path, request: ExportRequest) -> None:
         return
     if not request.overwrite:
         raise RecipeError(f"--to {request.to}: the folder is not empty; name another, or replace it with --overwrite")
-    if not (to / CONFIG_FILE).is_file() or not all(path.is_file() for path in inside):
+    foreign = [path.name for path in inside if not path.is_file() or _EXPORTED.fullmatch(path.name) is None]
+    if foreign or not (to / CONFIG_FILE).is_file():
+        what = f" ({sorted(foreign)[0]})" if foreign else ""
         raise RecipeError(
-            f"--to {request.to}: --overwrite replaces an exported model, and this folder holds something else; name "
-            "another"
+            f"--to {request.to}: --overwrite replaces an exported model, and this folder holds something else{what}; "
+            "name another"
         )
 
 

@@ -267,14 +267,24 @@ def test_a_folder_with_something_in_it_is_left_alone(tiny, tmp_path):
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
 
 
+@pytest.mark.parametrize("foreign", ["notes.md", "train.py", "checkpoints/", "model/"])
+def test_overwrite_never_takes_what_no_export_wrote(tiny, tmp_path, foreign):
+    run = tiny.run(*SHORT)
+    folder = exported(run, tmp_path / "model").folder
+    (folder / foreign).mkdir() if foreign.endswith("/") else (folder / foreign).write_text("mine")
+    with pytest.raises(RecipeError, match=rf"holds something else \({foreign.strip('/')}\)"):
+        exported(run, folder, overwrite=True)
+    assert (folder / foreign).exists()
+
+
 class Wrong(AdamW):
     """AdamW that merges once too often, as an adapter might, or keeps the merge in its state."""
 
     name = "wrong"
 
     def merged_weights(self, model):
-        # Its state has been put back: the step of the first moments is what it was.
-        assert self.state_entries > 0
+        # Its state has been put back: AdamW's count of updates is what it was.
+        assert max(int(value) for name, value in self.state_dict().items() if name.endswith("step")) == 6
         return {name: weight * 2 for name, weight in super().merged_weights(model).items()}
 
 
@@ -331,7 +341,8 @@ def test_what_is_not_the_model_does_not_stay_r35(tiny, tmp_path, monkeypatch, pa
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_another_reading_by_transformers_is_refused_r35(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("factor", [1.01, math.nan])
+def test_another_reading_by_transformers_is_refused_r35(tiny, tmp_path, monkeypatch, factor):
     pytest.importorskip("transformers")
     run = tiny.run(*SHORT)
     from blockllm_cli.runner import export_check
@@ -340,7 +351,7 @@ def test_another_reading_by_transformers_is_refused_r35(tiny, tmp_path, monkeypa
     monkeypatch.setattr(
         export_check,
         "_transformers_logits",
-        lambda folder, ids: (theirs(folder, ids)[0], theirs(folder, ids)[1] * 1.01),
+        lambda folder, ids: (theirs(folder, ids)[0], theirs(folder, ids)[1] * factor),
     )
     with pytest.raises(GuardError, match="computes other logits"):
         exported(run, tmp_path / "model")
