@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 SOURCE = """
-import os, signal, time
+import json, os, signal, subprocess, sys, time
 
 def _do(name):
     with open(os.environ["STUB_CALLS"], "a") as calls:
@@ -16,6 +18,11 @@ def _do(name):
     how, _, where = os.environ["STUB"].partition(":")
     if where != name:
         return
+    if how == "spawn":  # what W&B does with its own helper process, which may not end with it
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1e6)"], start_new_session=True)
+        with open(os.environ["STUB_CALLS"], "a") as calls:
+            calls.write(f"{child.pid} child\\n")
+        time.sleep(1e6)
     if how == "raise":
         raise RuntimeError(f"{name} is broken")
     if how == "hang":
@@ -23,6 +30,9 @@ def _do(name):
     if how == "die":
         os.kill(os.getpid(), signal.SIGSEGV)
 
+with open(os.environ["STUB_CALLS"] + ".facts", "w") as facts:
+    ids = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    json.dump({"session": os.getsid(0), "safe_path": sys.flags.safe_path, "variables": ids}, facts)
 _do("import")
 
 class Settings:
@@ -65,6 +75,11 @@ class Stub:
         monkeypatch.setenv("STUB_CALLS", str(self.calls))
         monkeypatch.setenv("STUB", behaviour)
         monkeypatch.delenv("WANDB_MODE", raising=False)
+
+    def facts(self) -> dict[str, Any]:
+        """How the process was started: its session, whether its own folder is searched, variables of W&B."""
+        found: dict[str, Any] = json.loads(self.calls.with_name("calls.facts").read_text(encoding="utf-8"))
+        return found
 
     def names(self) -> list[str]:
         return [line.split()[1] for line in self.calls.read_text(encoding="utf-8").splitlines()]

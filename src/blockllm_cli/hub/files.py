@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from blockllm_cli.errors import InputError
+from blockllm_cli.errors import InputError, StorageError
 from blockllm_cli.hub.http import check_status, endpoint, quiet, shown, transport_faults
 from blockllm_cli.hub.link import OFFLINE_WAYS, FaultError, Link
 from blockllm_cli.hub.remote import Kind
@@ -32,6 +32,7 @@ def hub_file(
 
     Raises:
         InputError: there is no such repository, or the hub is out of reach and the file was not fetched before.
+        StorageError: the disk refuses it.
         StopRequested: `should_stop` became true.
     """
     what = f"{filename} of {repository}"
@@ -77,7 +78,9 @@ def _download(repository: str, filename: str, kind: Kind, revision: str | None) 
         check_status(error.response, f"{endpoint()}, asked for {filename} of {repository}")
         raise FaultError(str(error)) from error
     except OSError as error:
-        raise InputError(f"{filename} of {repository} cannot be kept: {error}") from error
+        raise StorageError(
+            f"{filename} of {repository} cannot be kept: {error}; free some space, or name another folder in HF_HOME"
+        ) from error
 
 
 def _kept(repository: str, filename: str, kind: Kind, revision: str | None, failure: str) -> Path | None:

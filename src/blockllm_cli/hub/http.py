@@ -18,7 +18,7 @@ from blockllm_cli.hub.link import PROBE_SECONDS, FaultError
 _PASSING = {404, 408, 416, 425, 429}
 _RATE_LIMIT = re.compile(r"r=0\s*;\s*t=(\d+)")
 _USER = re.compile(r"//[^/@\s]*@")
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 def endpoint() -> str:
@@ -140,7 +140,7 @@ def _bytes_before(response: Any, start: int, size: int) -> int:
             raise FaultError(f"the hub lists {size:,} bytes and sends a file of {length}")
         return start
     sent = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if sent is None or int(sent[1]) != start or int(sent[2]) != size:
+    if sent is None or int(sent[1]) != start or sent[2] not in (str(size), "*"):
         raise FaultError(f"asked for bytes from {start:,} of {size:,}, got {response.headers.get('Content-Range')}")
     return 0
 

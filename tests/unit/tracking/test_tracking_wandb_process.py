@@ -76,6 +76,26 @@ def test_a_hanging_tracker_does_not_hide_why_a_run_failed_r33(tiny, tmp_path, mo
     assert gone(stub.pids())
 
 
+def test_what_the_tracker_started_ends_with_it_r33(tiny, tmp_path, monkeypatch):
+    stub = Stub(tmp_path, monkeypatch, "spawn:log")
+    monkeypatch.setattr(wandb_process, "FINISH_SECONDS", 2.0)
+    tiny.run(*SETS, "tracking.wandb=offline")
+    assert stub.names()[-1] == "child"
+    assert gone(stub.pids())
+
+
+def test_the_process_is_apart_from_the_run_and_follows_its_task_alone_r33(tiny, tmp_path, monkeypatch):
+    """Of its own session, so that Ctrl-C is for the run; a folder `wandb` where the run starts is not the package."""
+    stub = Stub(tmp_path, monkeypatch, "")
+    monkeypatch.setenv("WANDB_RUN_ID", "another")
+    monkeypatch.setenv("WANDB_RESUME", "must")
+    tiny.run(*SETS, "tracking.wandb=offline")
+    facts = stub.facts()
+    assert facts["session"] in stub.pids()
+    assert facts["safe_path"]
+    assert not {"WANDB_RUN_ID", "WANDB_RESUME"} & facts["variables"].keys()
+
+
 def test_without_the_package_a_run_is_untracked_and_says_so_once(tiny, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setitem(sys.modules, "wandb", None)
