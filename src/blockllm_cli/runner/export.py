@@ -112,7 +112,7 @@ def export_run(request: ExportRequest, terminal: Terminal) -> Exported:
     """
     to = request.to.expanduser().resolve()  # a link stays one: what it leads to is the folder
     _check_target(to, request)
-    with StopFlag() as stop, opened_run(request.run, step=request.step) as run:
+    with StopFlag(terminal) as stop, opened_run(request.run, step=request.step) as run:
         try:
             with _beside(to) as folder:
                 return _write(request, run, folder, to, terminal, stop)

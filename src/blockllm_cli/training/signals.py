@@ -57,7 +57,7 @@ class StopFlag:
                 self._screen.leave()
             os._exit(128 + number)
         self.signal_number = number
-        message = f"{signal.Signals(number).name}: stopping and saving; once more to leave at once"
+        message = f"{signal.Signals(number).name}: stopping in order; once more to leave at once"
         if self._screen is None or not self._screen.stopping(message):
             # Not print(): the signal may have come in the middle of one.
             os.write(2, f"\n{message}\n".encode())
