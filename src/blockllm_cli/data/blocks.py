@@ -137,7 +137,7 @@ def read_blocks(
     for number in range(place.shard, len(order)):
         shard = corpus.shards[order[number]]
         begin = Position(place.line, place.offset) if number == place.shard else None
-        reader = prepared.reader(shard, begin, should_stop)
+        reader = prepared.reader(shard, begin, should_stop, corpus.part)
         for record in reader:
             if isinstance(record, BadDocument):
                 block.bad.append((str(shard), record))

@@ -25,13 +25,14 @@ from blockllm_cli.data.prepared_format import (
     RECORDS,
     Entry,
     Vocabulary,
+    checksum,
     entry_name,
     is_source,
     open_entry,
     tokens_folder,
 )
 from blockllm_cli.data.reader import Position, ShardReader
-from blockllm_cli.data.records import BadDocument, EmptyDocument
+from blockllm_cli.data.records import BadDocument, EmptyDocument, Record
 from blockllm_cli.data.shards import Shard, shard_identity
 from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.durable import file_sha256
@@ -57,11 +58,16 @@ class PreparedDocument(NamedTuple):
 class PreparedReader:
     """Iterates once over the records of a prepared shard, in their order.
 
+    From the first document on whose ids are not those that were written, the text is read instead.
+
     Args:
-        entry: what is prepared.
+        shard: which.
+        entry: what is prepared of it.
         start: where to begin, a `position` that an earlier reader of this shard, prepared or not, had after a good
             document.
         should_stop: asked now and then; when true, iteration ends with `StopRequested`.
+        part: of which side the ids are looked at by the caller; those of the other are not read.
+        say: told of damaged ids.
 
     Attributes:
         position: the place after the record that was yielded last.
@@ -71,11 +77,23 @@ class PreparedReader:
         OSError: a file of the entry cannot be read.
     """
 
-    def __init__(self, entry: Entry, start: Position | None = None, should_stop: StopCheck = never) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        entry: Entry,
+        start: Position | None = None,
+        should_stop: StopCheck = never,
+        part: Part = "all",
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self.position = start or Position(0, 0)
+        self._shard = shard
+        self._entry = entry
         self._should_stop = should_stop
-        # The records are small and read once from end to end, so their hash is looked at; that of the ids, which are
-        # mapped so that only what is used is read, is for `data prepare --check`.
+        self._used = _kinds_of(part)
+        self._say = say
+        # The records are small and read once from end to end, so their hash is looked at; the ids, which are mapped so
+        # that only what is used is read, have a checksum for each document, and a hash for `data prepare --check`.
         if file_sha256(entry.folder / RECORDS) != entry.manifest.sha256[RECORDS]:
             raise ValueError(f"{RECORDS} is damaged: its hash is not that of the manifest")
         self._records = np.fromfile(entry.folder / RECORDS, RECORD)
@@ -83,7 +101,7 @@ class PreparedReader:
         self._ids = _mapped(entry.folder / IDS, entry.manifest.ids)
         self._first = _place_after(self.position, self._records)
 
-    def __iter__(self) -> Iterator[PreparedDocument | EmptyDocument | BadDocument]:
+    def __iter__(self) -> Iterator[PreparedDocument | Record]:
         first, records, ids = self._first, self._records, self._ids
         end_before = int(records["end"][first - 1]) if first else 0
         bad = int((records["kind"][:first] == BAD).sum())
@@ -91,7 +109,12 @@ class PreparedReader:
             if self._should_stop():
                 raise StopRequested
             for record in records[begin : begin + _RECORDS_AT_ONCE].tolist():
-                line, line_after, offset_after, end, size, surrogates, kind = record
+                line, line_after, offset_after, end, size, surrogates, written, kind = record
+                if kind in self._used and checksum(ids[end_before:end]) != written:
+                    error = ValueError(f"{IDS} is damaged: the ids of line {line} are not those that were written")
+                    self._say(_unusable(self._shard, self._entry.folder, error))
+                    yield from self._text()
+                    return
                 self.position = Position(line_after, offset_after)
                 if kind == BAD:
                     yield BadDocument(line, self._reasons[bad])
@@ -101,6 +124,13 @@ class PreparedReader:
                 else:
                     yield PreparedDocument(line, ids[end_before:end], surrogates, size, kind == HELD_OUT)
                 end_before = end
+
+    def _text(self) -> Iterator[Record]:
+        """The rest of the shard, from its text."""
+        reader = ShardReader(self._shard, self.position, self._should_stop)
+        for record in reader:
+            self.position = reader.position
+            yield record
 
 
 def _mapped(path: Path, kind: str) -> Ids:
@@ -138,13 +168,13 @@ class PreparedShards:
     say: Callable[[str], None] = lambda line: None
 
     def reader(
-        self, shard: Shard, start: Position | None = None, should_stop: StopCheck = never
+        self, shard: Shard, start: Position | None = None, should_stop: StopCheck = never, part: Part = "all"
     ) -> ShardReader | PreparedReader:
-        """What reads `shard` from `start`: its ids where they are prepared and whole, else its text."""
+        """What reads the documents of one side of `shard` from `start`: as ids where these are prepared and whole."""
         entry = self.entries.get(str(shard))
         if entry is not None:
             try:
-                return PreparedReader(entry, start, should_stop)
+                return PreparedReader(shard, entry, start, should_stop, part, self.say)
             except (ValueError, OSError) as error:
                 self.say(_unusable(shard, entry.folder, error))
         return ShardReader(shard, start, should_stop)
@@ -194,14 +224,18 @@ def lengths_of(entry: Entry, part: Part) -> npt.NDArray[np.int64]:
     records = np.fromfile(entry.folder / RECORDS, RECORD)
     ends: npt.NDArray[np.int64] = records["end"].astype(np.int64)
     lengths = ends - np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)]
-    kinds = {"all": (GOOD, HELD_OUT), "train": (GOOD,), "validation": (HELD_OUT,)}[part]
-    chosen: npt.NDArray[np.int64] = lengths[np.isin(records["kind"], kinds)]
+    chosen: npt.NDArray[np.int64] = lengths[np.isin(records["kind"], _kinds_of(part))]
     return chosen
+
+
+def _kinds_of(part: Part) -> tuple[int, ...]:
+    """Kinds of the good documents of one side."""
+    return {"all": (GOOD, HELD_OUT), "train": (GOOD,), "validation": (HELD_OUT,)}[part]
 
 
 def _unusable(shard: Shard, folder: Path, error: ValueError | OSError) -> str:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return (
         f"what is prepared of {shard} is not used: {reason} ({folder}); its text is read instead, and "
-        "`blockllm data prepare` makes it anew"
+        "`blockllm data prepare --check` makes it anew"
     )

@@ -8,6 +8,9 @@ An entry is a folder `tokens/<key of the tokenizer>/<identity of the shard>` of 
   document, so that counts, events and positions are those of the text;
 - `manifest.json`: sizes and hashes of the two, why bad documents are bad, totals, and which file it was made of.
 
+What it says is believed as far as it can be checked where it is used: the records by their hash, the ids of a document
+by the checksum in its record, and the entry as a whole by the name of its folder, which is that of its shard.
+
 It is written beside, synced and renamed. Nothing in it depends on seed, epoch, layout, length, block size, or ranks.
 """
 
@@ -15,17 +18,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from blockllm_cli.data.shards import Shard
 from blockllm_cli.durable import file_sha256
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it with a change of these files, of what the reader makes of a shard, or of the split."""
 
 IDS, RECORDS, MANIFEST = "ids.bin", "records.bin", "manifest.json"
@@ -41,10 +46,12 @@ RECORD = np.dtype(
         ("end", "<i8"),  # ids of this and all documents before it
         ("bytes", "<i4"),  # of its text in UTF-8
         ("surrogates", "<i4"),  # replaced in it
+        ("checksum", "<u4"),  # `checksum` of its ids
         ("kind", "<u1"),
     ]
 )
 
+_IDS_TYPES = ("<u2", "<i4")
 _SMALL_VOCABULARY = 1 << 16
 _KEY_CHARACTERS = 32
 
@@ -144,9 +151,18 @@ class Manifest:
             raise ValueError(f"{MANIFEST} is damaged") from error
         if manifest.format != FORMAT:
             raise ValueError(f"it has format {manifest.format}, and this version reads {FORMAT}")
-        if not {IDS, RECORDS} <= manifest.sizes.keys() & manifest.sha256.keys():
+        if not manifest.is_sound():
             raise ValueError(f"{MANIFEST} is damaged")
         return manifest
+
+    def is_sound(self) -> bool:
+        """Whether types and sizes fit each other; what is read with another type of ids would be other ids."""
+        if not isinstance(self.sizes, dict) or not isinstance(self.sha256, dict) or self.ids not in _IDS_TYPES:
+            return False
+        if not {IDS, RECORDS} <= self.sizes.keys() & self.sha256.keys():
+            return False
+        ids_bytes = self.totals.tokens * np.dtype(self.ids).itemsize
+        return bool(self.sizes[IDS] == ids_bytes) and isinstance(self.sizes[RECORDS], int)
 
 
 @dataclass(frozen=True)
@@ -184,6 +200,8 @@ def open_entry(folder: Path) -> Entry | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     manifest = Manifest.parsed(content)
+    if entry_name(str(manifest.identity)) != folder.name:
+        raise ValueError("it was made of another file")
     for name in (IDS, RECORDS):
         found, expected = (folder / name).stat().st_size, manifest.sizes[name]
         if found != expected:
@@ -212,6 +230,11 @@ def tokens_folder(cache: Path, encoder: Vocabulary) -> Path:
     """
     kind = f"{FORMAT}\0{type(encoder).__module__}.{type(encoder).__qualname__}\0".encode()
     return cache / "tokens" / hashlib.sha256(kind + encoder.model_bytes).hexdigest()[:_KEY_CHARACTERS]
+
+
+def checksum(ids: npt.NDArray[Any]) -> int:
+    """Of the ids of one document, 1-D, as they lie on disk."""
+    return zlib.crc32(np.ascontiguousarray(ids).data)
 
 
 def entry_name(identity: str) -> str:

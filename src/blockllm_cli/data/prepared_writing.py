@@ -34,6 +34,7 @@ from blockllm_cli.data.prepared_format import (
     Manifest,
     Source,
     Totals,
+    checksum,
     entry_name,
     ids_type,
     is_source,
@@ -272,9 +273,12 @@ class _Writer:
         is_good = np.isin(records["kind"], (GOOD, HELD_OUT))
         counts = np.zeros(len(records), np.int64)
         counts[is_good] = lengths
-        records["end"] = self.totals["tokens"] + np.cumsum(counts)
+        ends = np.cumsum(counts)
+        records["end"] = self.totals["tokens"] + ends
+        written = ids.astype(self._ids)
+        records["checksum"] = [checksum(each) for each in np.split(written, ends[:-1])]
         for content, file, digest in (
-            (ids.astype(self._ids).tobytes(), self._ids_file, self.ids_hash),
+            (written.tobytes(), self._ids_file, self.ids_hash),
             (records.tobytes(), self._records_file, self.records_hash),
         ):
             file.write(content)

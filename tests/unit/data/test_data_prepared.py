@@ -245,8 +245,20 @@ def without_keys(path: Path) -> None:
     path.write_text('{"source": null}')
 
 
-def of_another_format(path: Path) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
+def saying(**values):
+    """A damage: the manifest says other things."""
+
+    def damage(path: Path) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return damage
+
+
+def of_the_shard_before(path: Path) -> None:
+    """All three files of another shard's entry, which fit each other."""
+    names = [place.name for place in path.parent.parent.iterdir() if place.is_dir() and place != path.parent]
+    for file in (path.parent.parent / names[0]).iterdir():
+        shutil.copy(file, path.parent)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +269,16 @@ def of_another_format(path: Path) -> None:
         (IDS, Path.unlink),
         (MANIFEST, cut),
         (MANIFEST, without_keys),
-        (MANIFEST, of_another_format),
+        (MANIFEST, saying(format=0)),
+        (MANIFEST, saying(format=1)),
+        (MANIFEST, saying(ids=">u2")),
+        (MANIFEST, saying(ids="<i4")),
+        (MANIFEST, saying(ids="nonsense")),
+        (MANIFEST, saying(ids=[])),
+        (MANIFEST, saying(sizes=[1])),
+        (MANIFEST, saying(sizes={IDS: [1], RECORDS: [1]})),
+        (MANIFEST, saying(sha256=[IDS, RECORDS])),
+        (MANIFEST, of_the_shard_before),
     ],
 )
 def test_a_damaged_entry_is_noticed_named_and_made_anew(corpus, tmp_path, name, damage):
@@ -287,6 +308,35 @@ def test_records_that_are_damaged_without_a_change_of_size_are_noticed_when_they
     entries = found(corpus, tmp_path / "cache", say=lines.append)
     assert walk(corpus, [5] * 30, prepared=entries) == plain
     assert "records.bin is damaged" in lines[0]
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 0.99])
+def test_from_damaged_ids_on_the_text_is_read(corpus, tmp_path, place):
+    plain, lines = walk(corpus, [5] * 30), []
+    entry = prepare(corpus, tmp_path / "cache")[1].entry
+    content = bytearray((entry.folder / IDS).read_bytes())
+    content[int(place * len(content))] ^= 1
+    (entry.folder / IDS).write_bytes(content)
+    assert walk(corpus, [5] * 30, prepared=found(corpus, tmp_path / "cache", say=lines.append)) == plain
+    assert "ids.bin is damaged" in lines[0]
+    assert str(corpus.shards[1]) in lines[0]
+    assert "data prepare --check` makes it anew" in lines[0]
+
+
+def test_the_ids_of_the_other_side_are_not_read(tmp_path):
+    corpus = write_shards(tmp_path / "corpus", [good(i) for i in range(700)], 1)
+    entry = prepare(corpus, tmp_path / "cache")[0].entry
+    records = np.fromfile(entry.folder / RECORDS, prepared_format.RECORD)
+    ids = np.fromfile(entry.folder / IDS, entry.manifest.ids)
+    for i in np.flatnonzero(records["kind"] == prepared_format.GOOD).tolist():
+        ids[records["end"][i - 1] if i else 0 : records["end"][i]] += 1
+    ids.tofile(entry.folder / IDS)
+    held_out = Corpus(corpus.shards, part="validation")
+    block = next(
+        read_blocks(held_out, settings=settings(), prepared=found(corpus, tmp_path / "cache", say=pytest.fail))
+    )
+    assert block.labels == next(read_blocks(held_out, settings=settings())).labels != []
+    assert not any(isinstance(text, str) for text in block.texts)
 
 
 def test_ids_that_are_damaged_without_a_change_of_size_are_noticed_by_the_full_check(corpus, tmp_path):
