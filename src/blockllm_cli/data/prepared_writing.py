@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blockllm_cli.data.blocks import Encoder
+from blockllm_cli.data.cache import CACHE_OPTION
 from blockllm_cli.data.corpus import is_held_out
 from blockllm_cli.data.prepared_format import (
     BAD,
@@ -154,16 +155,16 @@ class Preparation:
         """
         identity = shard_identity(shard)
         place = self._folder / entry_name(identity)
-        with storage_errors(place, "write"):
+        with storage_errors(place, "write", option=CACHE_OPTION):
             self._folder.mkdir(parents=True, exist_ok=True)
-        with locked(self._folder / f".{place.name}.lock", self._should_stop):
+        with locked(self._folder / f".{place.name}.lock", self._should_stop, option=CACHE_OPTION):
             if (entry := usable_entry(place, shard)) is not None:
                 return Prepared(entry, False)
             for rest in self._folder.glob(f".{place.name}.*.tmp"):  # of processes that were killed: we have the lock
                 shutil.rmtree(rest, ignore_errors=True)
             beside = self._folder / f".{place.name}.{os.getpid()}.tmp"
             try:
-                with storage_errors(place, "write"):
+                with storage_errors(place, "write", option=CACHE_OPTION):
                     beside.mkdir()
                     self._write(shard, identity, beside, report)
                     _put(beside, place)
@@ -245,8 +246,8 @@ def discard(entry: Entry) -> None:
     Raises:
         StorageError: the disk refuses.
     """
-    with storage_errors(entry.folder, "remove"):
-        shutil.rmtree(entry.folder)
+    with storage_errors(entry.folder, "remove", option=CACHE_OPTION), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(entry.folder)  # another process may have found the damage as well
 
 
 class _Writer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from blockllm_cli import metrics
 from blockllm_cli.data.stream import RowStream
-from blockllm_cli.errors import DivergedError, InputError, InterruptedRunError, StopRequested
+from blockllm_cli.errors import DivergedError, InputError, InterruptedRunError, StopRequested, StorageError
 from blockllm_cli.memory.measure import MemoryMeter, process_memory
 from blockllm_cli.recipe.sections import Recipe
 from blockllm_cli.recipe.steps import total_steps
@@ -130,7 +131,7 @@ class Loop:
         self._terminal.start_live(steps=self._steps, done=self.step)
         try:
             self._begin()
-            for report in self.trainer.updates():
+            for report in self._updates():
                 self._observe(report)
                 if self._is_enough(report):
                     return
@@ -156,6 +157,20 @@ class Loop:
             for file in (self._metrics, self._events, self._rows):
                 if file is not None:
                     file.close()
+
+    def _updates(self) -> Iterator[StepReport]:
+        """The trainer's updates. What a caller's body raises does not come by here: its update is not logged yet."""
+        try:
+            yield from self.trainer.updates()
+        except StorageError as error:
+            # Of the cache that data are fetched into, which may be full while the run's own disk is not.
+            try:
+                self._save()
+            except StorageError as failure:
+                raise StorageError(f"{error}\nand the run is not saved: {failure}") from error
+            raise StorageError(
+                f"{error}\nsaved at update {self.step}; continue with: {self._folder.resume_command}"
+            ) from error
 
     def _begin(self) -> None:
         if self.observed.pending_row is not None:

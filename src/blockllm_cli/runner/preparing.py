@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from blockllm_cli.data.prepared_writing import Preparation, discard
 from blockllm_cli.data.shards import Shard
 from blockllm_cli.data.stream import VALIDATION_SEED
 from blockllm_cli.data.tokenizer import AnyTokenizer
-from blockllm_cli.errors import InterruptedRunError, StopRequested, StorageError
+from blockllm_cli.errors import InterruptedRunError, StopRequested
 from blockllm_cli.methods.resolve import Resolved, resolve_recipe
 from blockllm_cli.model.config import llama_config
 from blockllm_cli.recipe.sections import Recipe
@@ -228,19 +227,8 @@ class _Preparing:
                 entry = None
         if entry is None:
             description = f"preparing {shard.name} ({place})"
-            with _place_named(), self._terminal.progress(description, unit="documents") as step:
+            with self._terminal.progress(description, unit="documents") as step:
                 entry, is_new = preparation.prepare(shard, step.advance)
         (self._report.made if is_new else self._report.found).append(str(shard))
         self._report.count(shard, entry)
         return entry
-
-
-@contextmanager
-def _place_named() -> Iterator[None]:
-    """Add to a refusal of the disk how another place is named."""
-    try:
-        yield
-    except StorageError as error:
-        raise StorageError(
-            f"{error}; the cache is elsewhere with data.cache, or the environment variable BLOCKLLM_CACHE"
-        ) from error

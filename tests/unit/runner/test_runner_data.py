@@ -167,7 +167,8 @@ def test_a_disk_that_refuses_is_named_with_the_way_out(data):
     data.cache.write_text("in the way")
     status, _, complaint = data("prepare")
     assert status == 6
-    assert "BLOCKLLM_CACHE" in complaint
+    assert "data.cache, or the environment variable BLOCKLLM_CACHE" in complaint
+    assert "--output" not in complaint
 
 
 def test_rows_are_shown_as_text_with_their_borders(tiny, data):

@@ -1,5 +1,6 @@
 """Whole runs on a hub shaped like C4's, through the real client libraries, while the network fails (R23, R24)."""
 
+import errno
 import gzip
 import json
 import shutil
@@ -9,7 +10,8 @@ import time
 import pytest
 
 from blockllm_cli.app import main
-from blockllm_cli.errors import InputError, InterruptedRunError
+from blockllm_cli.durable import storage_errors
+from blockllm_cli.errors import InputError, InterruptedRunError, StorageError
 from blockllm_cli.hub import shards
 from support.hub import C4, Rule, like_c4, other_content, refused, reset_after, trickle, truncated_to
 from support.tiny import equal_rows, equal_tensors
@@ -125,6 +127,42 @@ def test_a_hub_that_fails_for_good_ends_the_run_after_it_saved(c4, tiny, from_fi
     resumed = tiny.run(*sets, "data.retry_seconds=5", resume=cut.folder)
     unbroken = tiny.run(*sets, "data.retry_seconds=5")
     same(resumed, unbroken)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_that_fills_up_ends_the_run_after_it_saved(c4, tiny, from_files, tmp_path, monkeypatch, workers):
+    sets = (*FROM_HUB, "data.block_documents=16", f"data.workers={workers}", f"data.cache={tmp_path / 'cache'}")
+    append, appended = shards._Fetched._append, []
+
+    def full(self, content, at):
+        with storage_errors(self._part, "write", option="data.cache"):
+            appended.append(len(content))
+            if len(appended) > 9:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, content, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards._Fetched, "_append", full)
+        with pytest.raises(
+            StorageError, match=r"No space left.*data\.cache.*\nsaved at update \d+; continue with"
+        ) as caught:
+            tiny.run(*sets)
+    assert caught.value.exit_code == 6
+    cut = tiny.newest()
+    step = cut.summary["steps"]
+    assert step > 0
+    assert [path.name for path in (cut.folder / "checkpoints").glob("step-*")] == [f"step-{step:08d}"]
+    same(tiny.run(resume=cut.folder), tiny.run(*sets))
+
+
+def test_a_disk_that_takes_neither_data_nor_checkpoint_is_named_for_both(c4, tiny, monkeypatch):
+    def full(*_, **__):
+        raise StorageError("no space left")
+
+    monkeypatch.setattr("blockllm_cli.training.trainer.Trainer.updates", full)
+    monkeypatch.setattr("blockllm_cli.runner.loop.save_checkpoint", full)
+    with pytest.raises(StorageError, match=r"^no space left\nand the run is not saved: no space left$"):
+        tiny.run(*FROM_HUB)
 
 
 def test_another_content_than_listed_ends_the_run(c4, tiny):
