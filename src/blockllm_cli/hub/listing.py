@@ -101,6 +101,7 @@ def _ask(wanted: Wanted) -> Listing:
     quiet()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    datasets.config.HF_ENDPOINT = endpoint()  # as it reads the variable, a slash at the end is asked for twice
     api = HfApi(endpoint=endpoint())
     try:
         with transport_faults():

@@ -119,3 +119,9 @@ def test_a_hub_that_refuses_for_good_ends_the_patience(c4, tmp_path):
 def test_a_hub_that_is_back_is_asked_again(c4, tmp_path):
     c4.rules = [Rule("/api/datasets", refused(503), times=1)]
     assert fetched(tmp_path).commit == COMMIT
+
+
+def test_an_address_with_a_slash_at_its_end_is_the_address_without(c4, tmp_path, monkeypatch):
+    """A mirror below a path answers "//api" with 404; the two libraries read the variable differently."""
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", c4.url + "/below/")
+    assert fetched(tmp_path).commit == COMMIT
