@@ -235,6 +235,10 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0\0")
+
+
 def flipped(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -266,11 +270,13 @@ def of_the_shard_before(path: Path) -> None:
     [
         (IDS, cut),
         (RECORDS, cut),
+        (IDS, longer),
         (IDS, Path.unlink),
         (MANIFEST, cut),
         (MANIFEST, without_keys),
         (MANIFEST, saying(format=0)),
         (MANIFEST, saying(format=1)),
+        (MANIFEST, saying(format=3)),
         (MANIFEST, saying(ids=">u2")),
         (MANIFEST, saying(ids="<i4")),
         (MANIFEST, saying(ids="nonsense")),
