@@ -191,6 +191,8 @@ class _Fetched(io.RawIOBase):
     def _grow(self) -> None:
         """Fetch the next chunk, unless another reader of the same file has done so meanwhile."""
         size = self._shard.remote.size
+        with storage_errors(self._place, "write", option=_ELSEWHERE):
+            self._place.parent.mkdir(parents=True, exist_ok=True)  # someone may have removed the cache meanwhile
         with locked(self._place.with_name(self._place.name + ".lock"), self._waits_for_lock, option=_ELSEWHERE):
             self._shard.link.doing = ""
             if self._place.exists():

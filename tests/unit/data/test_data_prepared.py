@@ -263,6 +263,7 @@ def of_the_shard_before(path: Path) -> None:
     names = [place.name for place in path.parent.parent.iterdir() if place.is_dir() and place != path.parent]
     for file in (path.parent.parent / names[0]).iterdir():
         shutil.copy(file, path.parent)
+    saying(source=None)(path)  # as one of a hub, of which the identity says all
 
 
 @pytest.mark.parametrize(
@@ -314,6 +315,13 @@ def test_records_that_are_damaged_without_a_change_of_size_are_noticed_when_they
     entries = found(corpus, tmp_path / "cache", say=lines.append)
     assert walk(corpus, [5] * 30, prepared=entries) == plain
     assert "records.bin is damaged" in lines[0]
+
+
+def test_an_entry_that_another_process_has_removed_meanwhile_is_no_error(corpus, tmp_path):
+    entry = prepare(corpus, tmp_path / "cache")[0].entry
+    prepared_writing.discard(entry)
+    prepared_writing.discard(entry)
+    assert not entry.folder.exists()
 
 
 @pytest.mark.parametrize("place", [0.0, 0.5, 0.99])
@@ -447,6 +455,15 @@ def test_a_file_that_changes_while_it_is_read_is_refused(corpus, tmp_path):
 
     with pytest.raises(InputError, match="was changed while it was read"):
         prepare(corpus, tmp_path / "cache", which=slice(1), report=touch)
+    assert found(corpus, tmp_path / "cache").entries == {}
+
+
+def test_so_is_one_that_changes_between_its_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("blockllm_cli.data.shards.SAMPLED_BYTES", 4)
+    corpus = write_shards(tmp_path / "corpus", ['{"text": "one two three"}', '{"text": "four"}'], 1)
+    shard = corpus.shards[0]
+    with pytest.raises(InputError, match="was changed while it was read"):
+        prepare(corpus, tmp_path / "cache", report=lambda _: shard.write_text(shard.read_text().replace("two", "TWO")))
     assert found(corpus, tmp_path / "cache").entries == {}
 
 

@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import random
+import shutil
 import threading
 import time
 
@@ -363,6 +364,16 @@ def test_a_part_that_is_thrown_out_while_it_grows_does_no_harm(hub, cache):
         assert first + file.read() == CONTENT
     assert read(shard) == CONTENT
     assert cache.holds(shard.remote)
+
+
+def test_a_cache_that_is_removed_in_mid_file_is_made_again(hub, cache):
+    shard = shard_of(hub, cache)
+    with shard.opened(never) as file:
+        begun = file.read(10)
+        shutil.rmtree(cache.folder)
+        assert begun + file.read() == CONTENT
+    assert hub.sent["en/a.json.gz"] == len(CONTENT)
+    assert read(shard) == CONTENT
 
 
 def _read_in_process(place, limit, remote, url, answers):
