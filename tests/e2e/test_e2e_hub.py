@@ -17,7 +17,6 @@ from support.tiny import Result, equal_rows, equal_tensors
 
 SMALL = (
     "batch.rows=16",
-    "batch.micro_rows=16",
     "evaluate.tokens=20000",
     "model.hidden_size=64",
     "model.intermediate_size=172",

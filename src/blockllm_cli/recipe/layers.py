@@ -85,13 +85,15 @@ class Layers:
 def covered_keys(table: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Keys of `[table]` that make no sense any more when the values `new` are put over the values `old`.
 
-    They are the options of another method, the other way to give the same length, and what belonged to another
-    tokenizer or corpus.
+    They are the options of another method, the other way to give the same length, what belonged to another tokenizer
+    or corpus, and rows of a pass that are more than the new rows of an update: then all of these are one pass.
     """
     if table == "method" and "name" in new and old.get("name") != new["name"]:
         return list(old)  # options belong to the method they were written for
     if table == "schedule":
         return [other for key, other in REPLACES.items() if key in new and other in old and other not in new]
+    if table == "batch" and "micro_rows" not in new and _is_more(old.get("micro_rows"), new.get("rows")):
+        return ["micro_rows"]
     covered = []
     for governor, keys in GOVERNED.items():
         owner, _, key = governor.partition(".")
@@ -99,6 +101,11 @@ def covered_keys(table: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
             before = old.get(key, SECTIONS[table].model_fields[key].default)
             covered += [name for name in keys if before != new[key] and name in old]
     return covered
+
+
+def _is_more(one: Any, other: Any) -> bool:
+    """Whether both are numbers, and `one` the larger; nothing has been checked of values here."""
+    return isinstance(one, int) and isinstance(other, int) and one > other
 
 
 def file_chain(path: Path) -> list[RecipeFile]:

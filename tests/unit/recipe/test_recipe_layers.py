@@ -79,6 +79,18 @@ def test_a_later_layer_gives_the_length_in_its_own_way() -> None:
     assert "beside" in message(path, overrides=["schedule.steps=7", "schedule.tokens=9"])
 
 
+@pytest.mark.parametrize(("rows", "micro_rows"), [("16", None), ("256", 256), ("512", 256)])
+def test_fewer_rows_than_a_pass_had_are_one_pass(rows: str, micro_rows: int | None) -> None:
+    """R26: `--set batch.rows=16` means 16 rows, also over a recipe that cuts its 512 into passes of 256."""
+    assert load_recipe("c4/60m", overrides=[f"batch.rows={rows}"]).recipe.batch.micro_rows == micro_rows
+
+
+@pytest.mark.parametrize("overrides", [["batch.rows=300"], ["batch.rows=16", "batch.micro_rows=64"], ["batch.rows=x"]])
+def test_rows_that_passes_do_not_divide_are_refused_all_the_same(overrides: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"batch\.(micro_)?rows"):
+        load_recipe("c4/60m", overrides=overrides)
+
+
 def test_a_later_layer_that_changes_the_source_drops_what_belonged_to_the_old_one() -> None:
     tokenizer = load_recipe(child(""), overrides=["tokenizer.source=file", "tokenizer.path=x"]).recipe.tokenizer
     assert (tokenizer.source, tokenizer.path, tokenizer.vocab_size) == ("file", "x", None)
