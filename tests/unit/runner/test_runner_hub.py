@@ -217,6 +217,42 @@ def test_what_was_fetched_needs_no_network_r24(c4, tiny, monkeypatch):
     assert "HF_HUB_OFFLINE is set: going on with what was fetched of allenai/c4 (en) before" in second.output
 
 
+def test_offline_with_part_of_the_shards_it_saves_and_goes_on_online_exactly_r24(c4, tiny, monkeypatch):
+    sets = (*FROM_HUB, "data.block_documents=16", "schedule.steps=110", "evaluate.every=0")
+    c4.rules = [Rule(f"{TRAIN}.*", refused(503), skip=6)]  # the first shard comes, the others do not
+    with pytest.raises(InputError, match="503"):
+        tiny.run(*sets, "data.retry_seconds=0.2")
+    cut = tiny.newest()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set.*\n.*continue with: blockllm pretrain --resume"):
+        tiny.run(*sets, "data.retry_seconds=0.2", resume=cut.folder)
+    assert tiny.newest().summary["steps"] == cut.summary["steps"] > 0
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    c4.rules = []
+    same(tiny.run(*sets, resume=cut.folder), tiny.run(*sets))
+
+
+def test_shards_that_are_damaged_on_the_hub_too_are_read_as_their_files_are(c4, tiny, tmp_path):
+    """What comes is what the hub lists; the damage costs the rest of a shard, as in a file (R25)."""
+    folder = tmp_path / "files"
+    for path in folder.glob("c4-train.*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+        c4.add(C4, f"en/{path.name}", bytes(content))
+    files = (f"data.train={folder}/c4-train.*", f"data.validation={folder}/c4-validation.*")
+    sets = ("schedule.steps=60", "evaluate.every=0")
+    local, remote = tiny.run(*files, *sets), tiny.run(*FROM_HUB, *sets)
+    same(remote, local)
+    found = [
+        [(event["line"], event["reason"]) for event in run.events if event["kind"] == "bad_document"]
+        for run in (local, remote)
+    ]
+    assert found[0] == found[1] != []
+    with pytest.raises(InputError, match=r"data.max_bad_documents = 0 allows no more"):
+        tiny.run(*FROM_HUB, *sets, "data.max_bad_documents=0")
+
+
 def test_without_a_network_the_ways_that_need_none_are_named_soon_and_nothing_is_left(c4, tiny, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     begun = time.monotonic()
