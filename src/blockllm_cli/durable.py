@@ -17,8 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from blockllm_cli.errors import StopRequested, StorageError
+from blockllm_cli.errors import InputError, StopRequested, StorageError
 from blockllm_cli.units import format_bytes
+
+CACHE_OPTION = "data.cache, or the environment variable BLOCKLLM_CACHE"
+"""`option` of `storage_errors` for what lies in the cache."""
 
 _POLL_SECONDS = 0.05
 
@@ -125,6 +128,21 @@ def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: it cannot be read, or is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return value
 
 
 @contextlib.contextmanager

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-CACHE_OPTION = "data.cache, or the environment variable BLOCKLLM_CACHE"
-"""How another place is named, for messages."""
-
 
 def default_cache_dir() -> Path:
     """`$BLOCKLLM_CACHE`, else `blockllm` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`)."""

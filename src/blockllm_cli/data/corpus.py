@@ -150,9 +150,9 @@ def found_files(key: str, patterns: str | Sequence[str]) -> tuple[Path, ...]:
     """
     found: dict[str, Path] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        place = os.path.expanduser(pattern)  # noqa: PTH111 (Path would drop a trailing slash and fold `//`)
+        place = os.path.expanduser(pattern)  # noqa: PTH111 (Path fails on `~nobody`, and drops the slash of `folders/*/`)
         # A path that exists is meant as it is, also with a bracket in its name.
-        matches = [place] if os.path.lexists(place) else glob.glob(place, recursive=True)  # noqa: PTH207 (Path.glob takes none that begins with /)
+        matches = [place] if os.path.lexists(place) else glob.glob(place, recursive=True)  # noqa: PTH207 (Path.glob takes none that begins with /, and finds hidden files, as a shell does not)
         files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
             hint = f"; it is a folder: write {place.rstrip('/')}/*" if Path(place).is_dir() else ""

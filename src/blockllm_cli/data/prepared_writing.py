@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from blockllm_cli.data.blocks import Encoder
-from blockllm_cli.data.cache import CACHE_OPTION
 from blockllm_cli.data.corpus import is_held_out
 from blockllm_cli.data.prepared_format import (
     BAD,
@@ -47,7 +46,7 @@ from blockllm_cli.data.records import BadDocument, Document
 from blockllm_cli.data.shards import Shard, shard_identity, unreadable
 from blockllm_cli.data.stopping import StopCheck, never
 from blockllm_cli.data.workers import WorkerPool
-from blockllm_cli.durable import file_sha256, locked, storage_errors, sync_folder, write_json
+from blockllm_cli.durable import CACHE_OPTION, file_sha256, locked, storage_errors, sync_folder, write_json
 from blockllm_cli.errors import InputError, StopRequested, StorageError
 
 _BATCH_DOCUMENTS, _BATCH_BYTES = 256, 1 << 20

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockllm_cli.durable import storage_error, storage_errors, write_json
+from blockllm_cli.durable import CACHE_OPTION, storage_error, storage_errors, write_json
 from blockllm_cli.errors import InputError
 from blockllm_cli.hub.http import check_status, endpoint, quiet, shown, transport_faults
 from blockllm_cli.hub.link import FaultError, Link
@@ -79,7 +79,7 @@ def fetch_listing(wanted: Wanted, folder: Path, link: Link, should_stop: Callabl
     listing = link.patiently(what, lambda: _ask(wanted), should_stop)
     link.doing = ""
     place = _place(wanted, folder)
-    with storage_errors(place, "write", option="data.cache, or the environment variable BLOCKLLM_CACHE"):
+    with storage_errors(place, "write", option=CACHE_OPTION):
         place.parent.mkdir(parents=True, exist_ok=True)
     splits = {name: [file.as_json() for file in files] for name, files in listing.splits.items()}
     write_json(place, {"dataset": str(wanted), "commit": listing.commit, "splits": splits})

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blockllm_cli.durable import locked, storage_errors, sync_folder
+from blockllm_cli.durable import CACHE_OPTION, locked, storage_errors, sync_folder
 from blockllm_cli.errors import InputError, StopRequested
 from blockllm_cli.hub.http import fetch_range
 from blockllm_cli.hub.link import OFFLINE_WAYS, PROBE_SECONDS, FaultError, Link, Patience, in_background
@@ -33,7 +33,6 @@ CHUNK_BYTES = 8 << 20
 
 _PROGRESS_BYTES = 1 << 16
 _LOCAL_TRIES = 3
-_ELSEWHERE = "data.cache, or the environment variable BLOCKLLM_CACHE"
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class _Fetched(io.RawIOBase):
         self._place = shard.cache.place(shard.remote)
         self._part = self._place.with_name(self._place.name + ".part")
         self._position = 0
-        with storage_errors(self._place, "write", option=_ELSEWHERE):
+        with storage_errors(self._place, "write", option=CACHE_OPTION):
             self._place.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._open()
         if self._here() >= shard.remote.size and not self._place.exists():
@@ -191,9 +190,9 @@ class _Fetched(io.RawIOBase):
     def _grow(self) -> None:
         """Fetch the next chunk, unless another reader of the same file has done so meanwhile."""
         size = self._shard.remote.size
-        with storage_errors(self._place, "write", option=_ELSEWHERE):
+        with storage_errors(self._place, "write", option=CACHE_OPTION):
             self._place.parent.mkdir(parents=True, exist_ok=True)  # someone may have removed the cache meanwhile
-        with locked(self._place.with_name(self._place.name + ".lock"), self._waits_for_lock, option=_ELSEWHERE):
+        with locked(self._place.with_name(self._place.name + ".lock"), self._waits_for_lock, option=CACHE_OPTION):
             self._shard.link.doing = ""
             if self._place.exists():
                 self._file.close()
@@ -262,7 +261,7 @@ class _Fetched(io.RawIOBase):
         return bytes(sink), fault
 
     def _append(self, content: bytes, at: int) -> None:
-        with storage_errors(self._part, "write", option=_ELSEWHERE):
+        with storage_errors(self._part, "write", option=CACHE_OPTION):
             self._file.seek(at)
             rest = memoryview(content)
             while rest:
@@ -271,7 +270,7 @@ class _Fetched(io.RawIOBase):
 
     def _finish(self) -> None:
         """Give the whole file its name, if it is what the hub lists."""
-        with storage_errors(self._place, "write", option=_ELSEWHERE):
+        with storage_errors(self._place, "write", option=CACHE_OPTION):
             try:
                 is_named = self._part.samefile(f"/dev/fd/{self._file.fileno()}")
             except FileNotFoundError:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from blockllm_cli.durable import read_json
 from blockllm_cli.errors import InputError
 from blockllm_cli.hub.files import hub_file
 from blockllm_cli.hub.link import PROBE_SECONDS, Link
@@ -90,21 +89,6 @@ def initial_files(name: str, link: Link, should_stop: Callable[[], bool] = lambd
             "owner/name of the hub"
         )
     return InitialFiles(name, None, link, should_stop)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        InputError: it cannot be read, or is none.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return value
 
 
 def with_initial_architecture(model: Model, error: ErrorFactory) -> Model:

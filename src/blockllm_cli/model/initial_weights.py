@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blockllm_cli.durable import file_sha256
+from blockllm_cli.durable import file_sha256, read_json
 from blockllm_cli.errors import InputError, StopRequested
 from blockllm_cli.model.config import LlamaConfig
 from blockllm_cli.model.hf_config import CONFIG_FILE
-from blockllm_cli.model.initial import InitialFiles, read_json
+from blockllm_cli.model.initial import InitialFiles
 from blockllm_cli.model.weights import StoredTensors
 
 WEIGHTS_FILE = "model.safetensors"

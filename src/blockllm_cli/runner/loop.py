@@ -145,12 +145,6 @@ class Loop:
                 f"stopped at update {self.step} and saved; continue with: {self._folder.resume_command}",
                 self._stop.signal_number,
             ) from error
-        except InputError as error:
-            # The data ended a run whose state is sound: all of it was taken before the update that could not begin.
-            self._save()
-            raise InputError(
-                f"{error}\nsaved at update {self.step}; continue with: {self._folder.resume_command}"
-            ) from error
         finally:
             self._note_network()
             self._terminal.stop_live()
@@ -162,13 +156,14 @@ class Loop:
         """The trainer's updates. What a caller's body raises does not come by here: its update is not logged yet."""
         try:
             yield from self.trainer.updates()
-        except StorageError as error:
-            # Of the cache that data are fetched into, which may be full while the run's own disk is not.
+        except (InputError, StorageError) as error:
+            # The data end a run whose state is sound: it was taken before the update that cannot begin. Storage is that
+            # of the cache which data are fetched into; it may be full while the run's own disk is not.
             try:
                 self._save()
             except StorageError as failure:
-                raise StorageError(f"{error}\nand the run is not saved: {failure}") from error
-            raise StorageError(
+                raise type(error)(f"{error}\nand the run is not saved: {failure}") from error
+            raise type(error)(
                 f"{error}\nsaved at update {self.step}; continue with: {self._folder.resume_command}"
             ) from error
 

@@ -14,7 +14,6 @@ nothing in a checkpoint can run code.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockllm_cli.durable import file_sha256, storage_errors, sweep, sync_folder, write_json, write_text
+from blockllm_cli.durable import file_sha256, read_json, storage_errors, sweep, sync_folder, write_json, write_text
 from blockllm_cli.errors import DivergedError, InputError
 from blockllm_cli.model.weights import StoredTensors, save_tensors
 
@@ -225,12 +224,9 @@ def _other_ways(folder: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}; {_other_ways(path.parent)}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a table; {_other_ways(path.parent)}")
-    return value
+        return read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; {_other_ways(path.parent)}") from error
 
 
 def find_checkpoint(checkpoints: Path, *, fall_back: bool) -> Checkpoint | None:
