@@ -79,14 +79,14 @@ def has_hub_token() -> bool:
 
 def probe_hub() -> dict[str, Any]:
     """Ask the hub for one answer, as a run does before it reads from it."""
-    from blockllm_cli.hub.http import endpoint
+    from blockllm_cli.hub.http import endpoint, shown
     from blockllm_cli.hub.link import why_out_of_reach
 
     start = time.monotonic()
     reason = why_out_of_reach(lambda: False)
     if reason is not None:
         return {"reachable": False, "detail": reason}
-    return {"reachable": True, "detail": f"{endpoint()} answered in {time.monotonic() - start:.1f} s"}
+    return {"reachable": True, "detail": f"{shown(endpoint())} answered in {time.monotonic() - start:.1f} s"}
 
 
 def _version(package: str) -> str | None:

@@ -104,6 +104,10 @@ def test_the_hub_is_asked_once_and_told_of(hub: Hub, monkeypatch: pytest.MonkeyP
     assert found["reachable"] is True
     assert found["detail"].startswith(f"{hub.url} answered in ")
     assert hub.requests == ["HEAD /"]
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url.replace("://", "://user:a-secret@"))
+    found = probe_hub()
+    assert found["reachable"] is True
+    assert "secret" not in found["detail"]
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     refused = probe_hub()
     assert refused["reachable"] is False
