@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from blockllm_cli import __version__
 from blockllm_cli.errors import BlockLLMError, ExitCode, InterruptedRunError
+from blockllm_cli.heap import keep_memory
 
 SIGPIPE_STATUS = 128 + 13
 INTERRUPT_STATUS = 128 + 2
@@ -126,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # program has one of the cores an update then takes many times as long. This many turns cost nothing on idle
     # cores (measured); not to spin at all cost a quarter of the speed there.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    keep_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a locale without the character of a prompt is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

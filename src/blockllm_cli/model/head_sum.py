@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blockllm_cli.model.linears import Wanted, pick_columns
+from blockllm_cli.model.products import product
 
 _CACHE_BYTES = 2**20
 """On CPU work is done on groups of rows of this size, which stay in a core's second-level cache."""
@@ -36,22 +37,24 @@ class HeadSum:
         self._places = _places(wanted, head)
         self.is_single = num_chunks == 1
         self._sum: Tensor | None = None
-        if not self.is_single:
-            like = head if wanted is None else head[wanted]
-            self._sum = torch.zeros_like(like, dtype=torch.float32 if num_chunks else head.dtype)
+        if num_chunks == 0:
+            self._sum = torch.zeros_like(head if wanted is None else head[wanted])
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add `gradient`^T `hidden`: (n, V) and (n, D), of the head's dtype."""
         columns = pick_columns(gradient, self.wanted)
+        if self.is_single:
+            self._sum = product(columns.t(), hidden)
+            return
+        is_first = self._sum is None
         if self._sum is None:
-            self._sum = columns.t() @ hidden
-        elif columns.dtype == torch.float32:
-            torch.addmm(self._sum, columns.t(), hidden, out=self._sum)
-        else:
-            # Rounded products are added while they are in the cache; adding the whole took as long as making it.
-            rows = cached_rows(hidden.shape[1], columns)
-            for start in range(0, self._sum.shape[0], rows):
-                self._sum[start : start + rows].add_(columns[:, start : start + rows].t() @ hidden)
+            self._sum = hidden.new_empty(columns.shape[1], hidden.shape[1], dtype=torch.float32)
+        # Products are added while they are in the cache; adding the whole took as long as making it.
+        rows = cached_rows(hidden.shape[1], columns)
+        for start in range(0, self._sum.shape[0], rows):
+            made = product(columns[:, start : start + rows].t(), hidden)
+            part = self._sum[start : start + rows]
+            part.copy_(made) if is_first else part.add_(made)
 
     def add_at(self, targets: Tensor, values: Tensor) -> None:
         """Add rows `values` (n, D), fp32, to the rows `targets` (n,), those that are not wanted excepted."""
@@ -81,13 +84,15 @@ def add_chunk(
     sums: Sequence[HeadSum], gradient: Tensor, hidden: Tensor, targets: Tensor, losses: Tensor, scale: float
 ) -> None:
     """Add one chunk's share to every sum; `gradient` (n, V) is overwritten if there are more chunks than one."""
-    if gradient.dtype != torch.float32 and not sums[0].is_single:
-        ones = _split_off_targets(gradient, targets, losses, scale)
-        values = hidden * (ones * -scale).unsqueeze(1)
+    if gradient.dtype == torch.float32 or sums[0].is_single:
         for each in sums:
-            each.add_at(targets, values)
+            each.add(gradient, hidden)
+        return
+    ones = _split_off_targets(gradient, targets, losses, scale)
+    values = hidden * (ones * -scale).unsqueeze(1)
     for each in sums:
         each.add(gradient, hidden)
+        each.add_at(targets, values)
 
 
 def _split_off_targets(gradient: Tensor, targets: Tensor, losses: Tensor, scale: float) -> Tensor:

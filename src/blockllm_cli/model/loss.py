@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import e, log2
 from typing import Any
 
 import torch
@@ -20,9 +21,13 @@ from torch.autograd.function import once_differentiable
 from blockllm_cli.model.autograd import applied
 from blockllm_cli.model.head_sum import HeadSum, add_chunk, cached_rows
 from blockllm_cli.model.linears import Feed, Wanted
+from blockllm_cli.model.products import product, takes_out
 
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 64 * 2**20
 """Aim for the logits of one chunk, in bytes of the product's dtype; `bench/loss.py` has the measurements."""
+
+
+LOG2_E = log2(e)
 
 
 def chunk_tokens(vocab_size: int, element_bytes: int) -> int:
@@ -69,7 +74,7 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int | None =
     """Negative log likelihood of each target, (N,) fp32; arguments as in `chunked_nll`, nothing is differentiated."""
     losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
     for part in _chunks(hidden, head, chunk):
-        _log_softmax_step(hidden[part] @ head.t(), targets[part], losses[part], gradient_scale=None)
+        _log_softmax_step(product(hidden[part], head.t()), targets[part], losses[part], gradient_scale=None)
     return losses
 
 
@@ -131,14 +136,18 @@ def _with_gradients(
     losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
     hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
     sums = [HeadSum(head, rows, num_chunks=len(parts)) for rows in wanted]
-    scratch = hidden.new_empty(max((part.stop - part.start for part in parts), default=0), head.shape[0])
+    scratch = None
+    if takes_out(hidden):
+        scratch = hidden.new_empty(max((part.stop - part.start for part in parts), default=0), head.shape[0])
     for part in parts:
-        logits = torch.mm(hidden[part], head.t(), out=scratch[: part.stop - part.start])
+        room = None if scratch is None else scratch[: part.stop - part.start]
+        logits = product(hidden[part], head.t(), out=room)
         _log_softmax_step(logits, targets[part], losses[part], gradient_scale=scale)
         if hidden_gradient is not None:
-            torch.mm(logits, head, out=hidden_gradient[part])
+            hidden_gradient[part] = product(logits, head)
         if sums:
             add_chunk(sums, logits, hidden[part], targets[part], losses[part], scale)
+        del logits  # before those of the next chunk are made
     return losses, hidden_gradient, [each.result() for each in sums]
 
 
@@ -168,7 +177,9 @@ def _log_softmax_step(logits: Tensor, targets: Tensor, losses: Tensor, *, gradie
         largest = values.amax(1, keepdim=True)
         values.sub_(largest)
         at_target = values.gather(1, column)
-        sums = values.exp_().sum(1, keepdim=True)
+        # On CPU torch takes exp from MKL, which is four times slower than its own exp2 where the maker of the
+        # processor is not MKL's.
+        sums = values.mul_(LOG2_E).exp2_().sum(1, keepdim=True)
         torch.sub(sums.log(), at_target, out=losses[part].unsqueeze(1))
         if gradient_scale is not None:
             values.mul_(gradient_scale / sums)
