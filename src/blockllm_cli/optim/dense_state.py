@@ -10,9 +10,11 @@ from torch import Tensor
 
 from blockllm_cli.errors import InputError
 from blockllm_cli.footprint import Category, TensorPlan
+from blockllm_cli.optim.entries import Entries
 from blockllm_cli.optim.precision import Precision
 from blockllm_cli.optim.rules import DenseRule
 from blockllm_cli.optim.stored import Stored, StoredRule
+from blockllm_cli.optim.triton_adam import Target, TritonAdam, triton_adam
 
 MASTER = "master"
 STEP = "step"
@@ -33,7 +35,10 @@ class DenseState:
     def __init__(self, rule: DenseRule, precision: Precision, seed: int) -> None:
         self._rule = rule
         self._precision = precision
+        self._seed = seed
         self._stored_rule = StoredRule(rule, precision, seed)
+        self._triton: TritonAdam | None = None
+        self._targets: dict[str, Target] = {}
         self._weights: dict[str, Tensor] = {}
         self._slots: dict[str, dict[str, Tensor]] = {}
         self._masters: dict[str, Tensor] = {}
@@ -68,6 +73,9 @@ class DenseState:
             }
             if self._precision.has_master:
                 self._masters[name] = self._weights[name].to(torch.float32, copy=True)
+            slots, entries = tuple(self._slots[name].values()), Entries.all(tuple(weight.shape))
+            self._targets[name] = Target(name, 0, self._weights[name], entries, slots, self._masters.get(name))
+        self._triton = triton_adam(self._rule, self._precision, self._seed, self._weights.values())
 
     @torch.no_grad()
     def update(
@@ -86,6 +94,13 @@ class DenseState:
             and a bf16 weight is all there is of it (with a master copy no update is lost); else None.
         """
         self._step += 1
+        if self._triton is not None:
+            targets, counters = (
+                [self._targets[name] for name in gradients],
+                [(rate_of(n), self._step) for n in gradients],
+            )
+            values = list(gradients.values())
+            return self._triton.update(targets, values, counters, self._step, count_unchanged=count_unchanged)
         by_rate: dict[float, list[str]] = {}
         for name in gradients:
             by_rate.setdefault(rate_of(name), []).append(name)

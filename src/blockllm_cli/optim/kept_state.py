@@ -2,7 +2,7 @@
 
 What is held of a piece is a list of records. A record has one step counter; entries of a piece that started at the same
 update share one record. Whole pieces are updated in place; of others the kept entries are gathered to a vector, updated
-by the same kernel, and scattered back.
+by the same kernel, and scattered back. Where Triton serves, its kernel does all that for all records at once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from blockllm_cli.optim.pool import Pool
 from blockllm_cli.optim.precision import Precision
 from blockllm_cli.optim.rules import DenseRule
 from blockllm_cli.optim.stored import Stored, StoredRule
+from blockllm_cli.optim.triton_adam import Target, TritonAdam, triton_adam
 
 Policy = Literal["drop", "keep", "offload"]
 
@@ -40,6 +41,7 @@ class Record:
         slots: state by name, each 1-D (entries.count,); in host memory if the record is parked.
         counter: updates since the start that they took part in.
         master: fp32 copy of the entries, or None.
+        target: what Triton's kernel is told of the entries, once it was.
     """
 
     piece: Piece
@@ -48,6 +50,7 @@ class Record:
     slots: dict[str, Tensor]
     counter: int = 0
     master: Tensor | None = field(default=None, repr=False)
+    target: Target | None = field(default=None, repr=False)
 
     @property
     def key(self) -> str:
@@ -80,7 +83,9 @@ class KeptState:
         self._rule = rule
         self._precision = precision
         self._policy = policy
+        self._seed = seed
         self._stored_rule = StoredRule(rule, precision, seed)
+        self._triton: TritonAdam | None = None
         self._weights: dict[str, Tensor] = {}
         self.active: dict[str, list[Record]] = {}
         self.parked: dict[str, Pool] = {}
@@ -97,6 +102,7 @@ class KeptState:
             if weight.dtype != self._precision.weights or not weight.is_contiguous():
                 raise ValueError(f"{name} is {weight.dtype} with strides {weight.stride()}: not what the state is for")
             self._weights[name] = weight.detach()
+        self._triton = triton_adam(self._rule, self._precision, self._seed, self._weights.values())
 
     def weight(self, piece: Piece) -> Tensor:
         """The weights of `piece`, a view."""
@@ -221,11 +227,19 @@ class KeptState:
         Returns:
             As `DenseState.update`.
         """
-        groups: dict[tuple[float, int], list[Record]] = {}
+        trained: list[Record] = []
+        counters: list[tuple[float, int]] = []
         for record in self.records():
             if record.key in gradients:
                 record.counter += 1
-                groups.setdefault((rate_of(record.piece.parameter), record.counter), []).append(record)
+                trained.append(record)
+                counters.append((rate_of(record.piece.parameter), record.counter))
+        if self._triton is not None:
+            targets, values = [self._target(each) for each in trained], [gradients[each.key] for each in trained]
+            return self._triton.update(targets, values, counters, step, count_unchanged=count_unchanged)
+        groups: dict[tuple[float, int], list[Record]] = {}
+        for record, group in zip(trained, counters, strict=True):
+            groups.setdefault(group, []).append(record)
         changed: list[Tensor] = []
         entries = 0
         for (rate, counter), records in groups.items():
@@ -238,6 +252,14 @@ class KeptState:
                 if not record.entries.is_all:
                     record.entries.scatter_(self.weight(record.piece), each.weight)
         return 1.0 - torch.stack(changed).sum() / entries if changed else None
+
+    def _target(self, record: Record) -> Target:
+        if record.target is None:
+            piece, slots = record.piece, tuple(record.slots[slot] for slot in self._rule.slots)
+            start = 0 if piece.rows is None else piece.rows[0] * prod(piece.shape[1:])
+            weight = self.weight(piece)
+            record.target = Target(piece.parameter, start, weight, record.entries, slots, record.master)
+        return record.target
 
     def _stored(self, record: Record, gradient: Tensor) -> Stored:
         slots = tuple(record.slots[slot] for slot in self._rule.slots)

@@ -20,11 +20,12 @@ import torch
 from blockllm_cli import __version__
 from blockllm_cli.durable import write_json
 from blockllm_cli.optim.precision import Precision, PrecisionName, Rounding, precision_of
+from blockllm_cli.optim.triton_adam import why_no_triton
 from blockllm_cli.recipe.load import LoadedRecipe
 from blockllm_cli.recipe.sections import PrecisionWord
 from blockllm_cli.training.precision import bf16_is_faster
 
-_PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "pydantic", "datasets", "wandb")
+_PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "pydantic", "datasets", "wandb", "triton")
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def describe_environment(machine: Machine) -> dict[str, Any]:
     if machine.device.type == "cuda":
         device["name"] = torch.cuda.get_device_name(machine.device)
         device["memory_bytes"] = torch.cuda.get_device_properties(machine.device).total_memory
+        reason = why_no_triton(machine.device)
+        device["updates"] = "triton" if reason is None else f"torch ({reason})"
     return {
         "versions": versions(),
         "platform": platform.platform(),

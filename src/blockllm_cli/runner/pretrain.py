@@ -18,6 +18,7 @@ from blockllm_cli.methods.base import Method
 from blockllm_cli.methods.resolve import Resolved, resolve_recipe
 from blockllm_cli.model.llama import LlamaForCausalLM
 from blockllm_cli.model.weights import load_weights
+from blockllm_cli.optim.triton_adam import why_no_triton
 from blockllm_cli.recipe.dump import dump_recipe
 from blockllm_cli.recipe.load import load_recipe
 from blockllm_cli.recipe.steps import total_steps, warmup_steps
@@ -150,6 +151,8 @@ class _Run:
         self.precision, note = choose_precision(recipe.run.precision, recipe.run.rounding, machine.device)
         if note:
             terminal.say(note)
+        if machine.device.type == "cuda" and (reason := why_no_triton(machine.device)) is not None:
+            terminal.say(f"note: torch's kernels make the updates, in more passes than one: {reason}")
         self.resolved = resolved.with_precision(self.precision.name, note)
         self.recipe = self.resolved.recipe
         self.method: Method = self.resolved.method(self.precision)
