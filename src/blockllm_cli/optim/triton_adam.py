@@ -54,9 +54,9 @@ def why_no_triton(device: torch.device) -> str | None:
         return f"updates by Triton are for CUDA devices, not for {device.type}"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    weight = torch.zeros(8, device=device)
-    target = Target("", 0, weight, Entries.all((8,)), (torch.zeros_like(weight), torch.zeros_like(weight)), None)
     try:
+        weight = torch.zeros(8, device=device)
+        target = Target("", 0, weight, Entries.all((8,)), (torch.zeros_like(weight), torch.zeros_like(weight)), None)
         adam = TritonAdam(AdamRule(), precision_of("fp32"), 0)
         adam.update([target], [torch.ones_like(weight)], [(1.0, 1)], 0)
         torch.cuda.synchronize(device)
