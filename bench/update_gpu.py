@@ -42,9 +42,7 @@ def main() -> None:
         raise SystemExit("no CUDA device" if not torch.cuda.is_available() else reason)
     copy = _copy_bandwidth(options.repeats)
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}; a copy moves {copy / 1e9:,.0f} GB/s")
-    print(
-        f"{'precision':12} {'rounding':11} {'entries':12} {'number':>14} {'ms':>8} {'host ms':>8} {'GB/s':>7} {'share':>6}"
-    )
+    print("precision    rounding    entries              number       ms  host ms    GB/s  share")
     for name in PRECISIONS:
         for rounding in ("nearest",) if name == "fp32" else ("nearest", "stochastic"):
             precision = precision_of(name, rounding)
