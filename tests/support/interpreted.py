@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,21 +18,32 @@ from blockllm_cli.optim.triton_adam import TritonAdam
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-def interpreted_kernels() -> ModuleType:
+def interpreted_kernels(patch: pytest.MonkeyPatch) -> ModuleType:
     """A copy of `triton_kernels` for the interpreter; the module itself, and Triton, stay with the compiler."""
-    import triton  # noqa: F401  before the environment asks for the interpreter
+    from triton.runtime.interpreter import InterpreterBuilder
 
     name = "triton_kernels"
     found = importlib.util.find_spec(f"blockllm_cli.optim.{name}")
-    assert isinstance(found, ModuleSpec)
+    assert found is not None
+    assert found.origin is not None
     spec = importlib.util.spec_from_file_location(f"interpreted_{name}", found.origin)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
+    with pytest.MonkeyPatch.context() as loading:
+        loading.setenv("TRITON_INTERPRET", "1")
         spec.loader.exec_module(module)
+    # Interpreters of former versions round the product too.
+    patch.setattr(InterpreterBuilder, "create_fma", _fused)
     return module
+
+
+def _fused(builder: object, x: Any, y: Any, z: Any) -> Any:
+    """fp32 fma of what the interpreter holds; the product is exact in fp64, and so is, but for rare ties, the rest."""
+    from triton.runtime.interpreter import TensorHandle
+
+    total = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+    return TensorHandle(total.astype(np.float32), z.dtype.scalar)
 
 
 def interpret(patch: pytest.MonkeyPatch, kernels: ModuleType, block: int) -> None:

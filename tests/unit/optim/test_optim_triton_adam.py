@@ -24,14 +24,15 @@ pytestmark = needs_triton
 
 PRECISIONS = ["fp32", "bf16", "bf16_master", "bf16_papers"]
 RULE = AdamRule(weight_decay=0.1, decoupled=True)
-BLOCK = 64
+BLOCK = 128
 SHAPE = (16, 24)
 SIZE = 384
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    return interpreted_kernels()
+    with pytest.MonkeyPatch.context() as patch:
+        yield interpreted_kernels(patch)
 
 
 def some(count, seed, of=SIZE, also=()):
@@ -127,7 +128,7 @@ def test_updates_are_those_of_torchs_kernel_to_the_bit(kernels, precision, rule,
         assert not torch.equal(mine[1][name], before[name]), name
 
 
-@pytest.mark.parametrize("size", [1, 7, 63, 64, 65, 127, 1025])
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 1025])
 @pytest.mark.parametrize("form", ["all", "list", "bitmap"])
 def test_sizes_that_are_no_multiple_of_a_tile(kernels, size, form):
     numel = {"all": size, "list": 64 * size, "bitmap": 2 * size}[form]
