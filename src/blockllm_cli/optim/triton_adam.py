@@ -179,7 +179,7 @@ class TritonAdam:
             gradients = [gradient.float() for gradient in gradients]
         counts = count_unchanged and self._precision.weights == torch.bfloat16 and not self._precision.has_master
         changed = self._launch(self._tables, [each.contiguous() for each in gradients], counters, draw, counts)
-        return 1.0 - torch.stack(changed).sum() / self._tables.entries if counts else None
+        return 1.0 - torch.stack(changed).sum() / self._tables.entries if changed else None
 
     def _launch(
         self,
@@ -189,7 +189,7 @@ class TritonAdam:
         draw: int,
         counts: bool,
     ) -> list[Tensor]:
-        """Run the kernel; how many weights of each launch changed, if it `counts`."""
+        """Run the kernel over all tiles; how many weights changed in each launch, if it `counts`."""
         device = gradients[0].device
         addresses = [gradient.data_ptr() for gradient in gradients]
         is_aligned = all(address % ALIGNMENT == 0 for address in addresses)
