@@ -13,7 +13,8 @@ from blockllm_cli.footprint import Category, TensorPlan
 from blockllm_cli.optim.entries import Entries
 from blockllm_cli.optim.precision import Precision
 from blockllm_cli.optim.rules import DenseRule
-from blockllm_cli.optim.stored import Stored, StoredRule
+from blockllm_cli.optim.slices import Stored
+from blockllm_cli.optim.stored import StoredRule
 from blockllm_cli.optim.triton_adam import Target, TritonAdam, triton_adam
 
 MASTER = "master"

@@ -7,19 +7,54 @@ row masks the same forms speak of rows. Positions are row-major and ascending ev
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import prod
-from typing import Any, Literal
+from math import gcd, prod
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from blockllm_cli.errors import InputError
+from blockllm_cli.optim.bitmap import expanded, packed, slice_counts
 
 Form = Literal["none", "bitmap", "int32"]
 Unit = Literal["entry", "row"]
 
-_SLICE = 2**20
-"""Entries of a bitmap that are expanded at a time: 1 MiB of flags and at most 8 MiB of positions."""
+_GATHERED = 2**18
+"""Entries that are gathered or scattered at a time where positions have to be made first."""
+
+_ALIGNED = 64
+"""Chunks begin at multiples of this many entries, so that vector units see them as they see the whole."""
+
+
+class Chunk(NamedTuple):
+    """Consecutive kept entries.
+
+    Attributes:
+        start: number of the first among the kept entries.
+        units: their positions, or the numbers of their rows; int64 or int32, ascending.
+        width: entries of a unit.
+    """
+
+    start: int
+    units: Tensor
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return self.units.numel() * self.width
+
+    def gather(self, tensor: Tensor, out: Tensor) -> None:
+        """Copy the entries of `tensor` (contiguous, in the piece's shape) to `out` (1-D, of its dtype)."""
+        torch.index_select(self._by_unit(tensor), 0, self.units, out=self._by_unit(out))
+
+    def scatter_(self, tensor: Tensor, values: Tensor) -> None:
+        """Write `values` (1-D, of its dtype) to the entries of `tensor` (contiguous, in the piece's shape)."""
+        self._by_unit(tensor).index_copy_(0, self.units.long(), self._by_unit(values))
+
+    def _by_unit(self, tensor: Tensor) -> Tensor:
+        # Rows of one entry are copied like rows, ten times slower than entries.
+        return tensor.view(-1) if self.width == 1 else tensor.view(-1, self.width)
 
 
 class Entries:
@@ -40,7 +75,7 @@ class Entries:
         self.unit: Unit = unit
         self.index = index
         self._chosen = chosen
-        self._slices = _slice_counts(index) if form == "bitmap" and index is not None else []
+        self._slices = slice_counts(index) if form == "bitmap" and index is not None else []
         self.width = 1 if unit == "entry" else prod(shape[1:])
         self.count = chosen * self.width
 
@@ -64,7 +99,7 @@ class Entries:
         if units > 2**31:
             raise ValueError(f"a piece of {units} entries is too large for int32 positions")
         if -(-units // 8) < 4 * positions.numel():
-            return cls(shape, "bitmap", unit, _packed(positions, units), positions.numel())
+            return cls(shape, "bitmap", unit, packed(positions, units), positions.numel())
         return cls(shape, "int32", unit, positions.to(torch.int32), positions.numel())
 
     @property
@@ -104,33 +139,37 @@ class Entries:
         within = torch.arange(self.width, device=units.device)
         return (units.unsqueeze(1) * self.width + within).view(-1)
 
+    def chunks(self, entries: int) -> Iterator[Chunk]:
+        """The kept entries in order, about `entries` at a time; not for all entries.
+
+        Chunks but the last have the largest multiple of 64 up to `entries`, or, of rows, as many as that takes at
+        least.
+        """
+        assert self.index is not None
+        least = _ALIGNED // gcd(self.width, _ALIGNED)
+        size = max(1, entries // (self.width * least)) * least
+        start = 0
+        for index in self._units_by(size):
+            yield Chunk(start, index, self.width)
+            start += index.numel() * self.width
+
     def gather(self, tensor: Tensor) -> Tensor:
         """The kept entries of `tensor` (in the piece's shape), 1-D (count,); a view if they are all."""
-        flat = tensor.reshape(-1)
         if self.is_all:
-            return flat
-        if self.unit == "row":
-            return tensor.reshape(self.shape[0], -1).index_select(0, self._units()).view(-1)
-        if self.form == "int32":
-            assert self.index is not None
-            return flat.index_select(0, self.index)
-        return torch.cat([flat[start : start + _SLICE].index_select(0, part) for start, part in self._expanded()])
+            return tensor.reshape(-1)
+        tensor = tensor.contiguous()
+        gathered = tensor.new_empty(self.count)
+        for chunk in self.chunks(_GATHERED):
+            chunk.gather(tensor, gathered[chunk.start : chunk.start + chunk.size])
+        return gathered
 
     def scatter_(self, tensor: Tensor, values: Tensor) -> None:
         """Write `values` (count,) to the kept entries of `tensor` (contiguous, in the piece's shape)."""
-        flat = tensor.view(-1)
         if self.is_all:
-            flat.copy_(values)
-        elif self.unit == "row":
-            tensor.view(self.shape[0], -1).index_copy_(0, self._units(), values.view(-1, self.width))
-        elif self.form == "int32":
-            assert self.index is not None
-            flat.index_copy_(0, self.index.long(), values)
-        else:
-            done = 0
-            for start, part in self._expanded():
-                flat[start : start + _SLICE].index_copy_(0, part, values[done : done + part.numel()])
-                done += part.numel()
+            tensor.view(-1).copy_(values)
+            return
+        for chunk in self.chunks(_GATHERED):
+            chunk.scatter_(tensor, values[chunk.start : chunk.start + chunk.size])
 
     def state(self) -> dict[str, Any]:
         """Plain values from which, with `index`, `restore` makes an equal object."""
@@ -164,43 +203,26 @@ class Entries:
         assert self.index is not None
         if self.form == "int32":
             return self.index.long()
-        return torch.cat([part + start for start, part in self._expanded()])
+        return torch.cat(list(expanded(self.index, self._slices)))
 
-    def _expanded(self) -> Iterator[tuple[int, Tensor]]:
-        """(first position, set positions relative to it as int64) of consecutive slices of a bitmap.
-
-        Their number is known beforehand, so that the host need not wait for the device.
-        """
+    def _units_by(self, size: int) -> Iterator[Tensor]:
+        """The units, `size` at a time."""
         assert self.index is not None
-        for number, (start, flags) in enumerate(_flags(self.index)):
-            yield start, torch.nonzero_static(flags, size=self._slices[number]).view(-1)
-
-
-def _flags(bitmap: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first position, a uint8 flag for each position) of consecutive slices of a bitmap."""
-    bits = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
-    for start in range(0, bitmap.numel(), _SLICE // 8):
-        part = bitmap[start : start + _SLICE // 8]
-        yield start * 8, (part.unsqueeze(1) >> bits).bitwise_and_(1).view(-1)
-
-
-def _slice_counts(bitmap: Tensor) -> list[int]:
-    """Bits set in each of the slices of `_flags`, read in one transfer."""
-    counts = [flags.count_nonzero() for _, flags in _flags(bitmap)]
-    return [int(count) for count in torch.stack(counts).tolist()] if counts else []
-
-
-def _packed(positions: Tensor, units: int) -> Tensor:
-    """A bit for each of `units`, the lowest bit of a byte first; uint8 (ceil(units / 8),)."""
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=positions.device)
-    packed = []
-    for start in range(0, units, _SLICE):
-        size = min(_SLICE, units - start)
-        flags = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device=positions.device)
-        inside = torch.searchsorted(positions, torch.tensor([start, start + size], device=positions.device))
-        flags[positions[inside[0] : inside[1]] - start] = 1
-        packed.append((flags.view(-1, 8) * weights).sum(1, dtype=torch.uint8))
-    return torch.cat(packed)
+        if self.form == "int32":
+            yield from [self.index] if self._chosen <= size else torch.split(self.index, size)
+            return
+        waiting: list[Tensor] = []
+        count = 0
+        for positions in expanded(self.index, self._slices):
+            waiting.append(positions)
+            count += positions.numel()
+            if count >= size:
+                whole = count // size * size
+                joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+                yield from torch.split(joined[:whole], size)
+                waiting, count = [joined[whole:]], count - whole
+        if count:
+            yield torch.cat(waiting)
 
 
 def positions_within(positions: Tensor, others: Tensor) -> Tensor:
@@ -209,64 +231,3 @@ def positions_within(positions: Tensor, others: Tensor) -> Tensor:
         return torch.zeros_like(positions, dtype=torch.bool)
     places = torch.searchsorted(others, positions).clamp_(max=others.numel() - 1)
     return others[places] == positions
-
-
-def largest_entries(gradient: Tensor, count: int) -> Tensor:
-    """Positions of the `count` largest magnitudes, int64, ascending; ties go to the lower position.
-
-    Args:
-        gradient: any shape and float dtype of 16 bits or more; not modified. NaN counts as larger than infinity, so
-            that what is kept of a gradient that is not finite is not finite either, which the kept norm shows.
-        count: 0 to the number of entries.
-    """
-    return _largest(gradient.reshape(-1), count)
-
-
-def largest_rows(gradient: Tensor, count: int) -> Tensor:
-    """Indices of the `count` rows with the largest Euclidean norm (fp32), int64, ascending; ties as above."""
-    rows = gradient.reshape(gradient.shape[0], -1)
-    return _largest(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32), count)
-
-
-def _largest(values: Tensor, count: int) -> Tensor:
-    """Positions of the `count` largest magnitudes of a 1-D tensor; memory is bounded by a slice and the result."""
-    if count == 0:
-        return torch.empty(0, dtype=torch.int64, device=values.device)
-    threshold, ties = _threshold(values, count)
-    chosen = []
-    for start, keys in _keys(values):
-        taken = keys > threshold
-        equal = (keys == threshold).nonzero().view(-1)[:ties]
-        taken[equal] = True
-        ties -= equal.numel()
-        chosen.append(taken.nonzero().view(-1) + start)
-    return torch.cat(chosen)
-
-
-def _threshold(values: Tensor, count: int) -> tuple[int, int]:
-    """The `count`-th largest key, and how many of the keys equal to it are among the `count` largest.
-
-    A radix selection: the key is found 16 bits at a time by counting how often each value of these bits occurs among
-    the keys that agree with what was found before. Counts are exact, so the result is the same on every device.
-    """
-    highest = 8 * values.element_size() - 16
-    found = 0
-    for shift in range(highest, -1, -16):
-        times = torch.zeros(2**16, dtype=torch.int64, device=values.device)
-        for _, keys in _keys(values):
-            digits = keys >> shift
-            if shift != highest:
-                digits = digits[keys >> (shift + 16) == found].bitwise_and_(2**16 - 1)
-            times += torch.bincount(digits, minlength=2**16)
-        at_least = times.flip(0).cumsum(0).flip(0)
-        digit = int((at_least >= count).count_nonzero()) - 1
-        count -= int(at_least[digit] - times[digit])
-        found = found << 16 | digit
-    return found, count
-
-
-def _keys(values: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first position, whole numbers in the order of the magnitudes) of consecutive slices: the bits without sign."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    for start in range(0, values.numel(), _SLICE):
-        yield start, values[start : start + _SLICE].abs().view(whole)

@@ -22,7 +22,8 @@ from blockllm_cli.optim.entries import Entries, Unit, positions_within
 from blockllm_cli.optim.pool import Pool
 from blockllm_cli.optim.precision import Precision
 from blockllm_cli.optim.rules import DenseRule
-from blockllm_cli.optim.stored import Stored, StoredRule
+from blockllm_cli.optim.slices import Stored
+from blockllm_cli.optim.stored import StoredRule
 from blockllm_cli.optim.triton_adam import Target, TritonAdam, triton_adam
 
 Policy = Literal["drop", "keep", "offload"]
@@ -248,9 +249,6 @@ class KeptState:
                 stored, lr=rate, step=counter, draw=step, count_unchanged=count_unchanged
             )
             entries += sum(record.entries.count for record in records)
-            for record, each in zip(records, stored, strict=True):
-                if not record.entries.is_all:
-                    record.entries.scatter_(self.weight(record.piece), each.weight)
         return 1.0 - torch.stack(changed).sum() / entries if changed else None
 
     def _target(self, record: Record) -> Target:
@@ -262,13 +260,13 @@ class KeptState:
         return record.target
 
     def _stored(self, record: Record, gradient: Tensor) -> Stored:
+        if gradient.numel() != record.entries.count:  # the kernels do not look
+            raise ValueError(f"{record.key} has {record.entries.count} entries, its gradient {gradient.numel()}")
         slots = tuple(record.slots[slot] for slot in self._rule.slots)
-        # Of whole pieces a view, which the rule writes; of others a vector that is scattered back afterwards.
-        weight = record.entries.gather(self.weight(record.piece))
-        if gradient.numel() != weight.numel():  # the kernels do not look
-            raise ValueError(f"{record.key} has {weight.numel()} entries, its gradient {gradient.numel()}")
-        name = record.piece.key if record.entries.is_all else record.key
-        return Stored(name, weight, gradient.reshape(-1), slots, record.master)
+        weight, gradient = self.weight(record.piece), gradient.reshape(-1)
+        if record.entries.is_all:
+            return Stored(record.piece.key, weight.view(-1), gradient, slots, record.master)
+        return Stored(record.key, weight, gradient, slots, record.master, record.entries)
 
     def held(self) -> Iterator[tuple[str, Category, Tensor]]:
         """Every tensor of the state with a name of its own and its category."""

@@ -1,13 +1,13 @@
 """A rule applied to stored tensors: the one place where its results are written into weights and state.
 
 All arithmetic is fp32 unless weights, gradients and state are all bf16 and are meant to be (`bf16_papers`). What is
-stored in bf16 is widened in slices of bounded size, updated, and rounded back once.
+stored in bf16 is widened in slices, updated, and rounded back once; of masked pieces the kept entries are gathered,
+updated and scattered back in the same slices. All slices share one workspace, small enough to stay in a core's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,37 +15,14 @@ from torch import Tensor
 from blockllm_cli.optim.precision import Precision
 from blockllm_cli.optim.rounding import StochasticRounder
 from blockllm_cli.optim.rules import DenseRule
+from blockllm_cli.optim.scratch import Scratch
+from blockllm_cli.optim.slices import Part, Stored, groups
 
-SLICE_ENTRIES = 2**21
-"""Entries that are widened to fp32 at a time: 8 MiB for each of weight, gradient and state."""
+SLICE_ENTRIES = 2**18
+"""Entries that are worked on at a time on the CPU: 1 MiB for each tensor that is widened or gathered."""
 
-
-class Stored(NamedTuple):
-    """What a rule works on for one name; all tensors are 1-D, of one length and device.
-
-    Attributes:
-        name: names the draws of stochastic rounding.
-        weight: written.
-        gradient: may be overwritten.
-        slots: state, one tensor for each of the rule's slots; written.
-        master: fp32 copy of the weight, which is what the rule works on then; written.
-    """
-
-    name: str
-    weight: Tensor
-    gradient: Tensor
-    slots: tuple[Tensor, ...]
-    master: Tensor | None
-
-    def cut(self, start: int, stop: int) -> Stored:
-        """The entries from `start` to before `stop`, views."""
-        return Stored(
-            self.name,
-            self.weight[start:stop],
-            self.gradient[start:stop],
-            tuple(slot[start:stop] for slot in self.slots),
-            None if self.master is None else self.master[start:stop],
-        )
+DEVICE_SLICE_ENTRIES = 2**21
+"""The same elsewhere, where starting a kernel costs more than reading memory again."""
 
 
 class StoredRule:
@@ -60,7 +37,10 @@ class StoredRule:
     def __init__(self, rule: DenseRule, precision: Precision, seed: int) -> None:
         self.rule = rule
         self._precision = precision
-        self._rounder = StochasticRounder(seed) if precision.rounding == "stochastic" else None
+        self._rounders: dict[str, StochasticRounder] = {}
+        self._scratch: Scratch | None = None
+        if precision.rounding == "stochastic":
+            self._rounders = {what: StochasticRounder(seed) for what in ("weight", *rule.slots)}
 
     @torch.no_grad()
     def apply(
@@ -76,83 +56,99 @@ class StoredRule:
             count_unchanged: compare bf16 weights with their former values.
 
         Returns:
-            How many entries changed, a scalar for each slice that was compared. None is with a master copy, since no
+            How many entries changed, a scalar for each part that was compared. None is with a master copy, since no
             update is lost then, or where weights are fp32.
         """
-        widen = not self._is_direct(stored)
+        if not stored:
+            return []
         counts = count_unchanged and self._precision.weights == torch.bfloat16 and not self._precision.has_master
+        dtype = self._dtype(stored)
+        direct = [each.whole() for each in stored if not counts and each.is_all_of(dtype)]
+        if direct:
+            self._compute(direct, dtype, Scratch(0, direct[0].weight.device), lr, step)
+        others = [each for each in stored if counts or not each.is_all_of(dtype)]
+        if not others:
+            return []
+        most, scratch = self._workspace(others)
         changed: list[Tensor] = []
-        for group in _groups(stored, whole=not widen and not counts):
-            former = [part.weight.clone() for part, _ in group] if counts else []
-            self._apply_group(group, lr, step, draw, widen=widen)
-            changed += [_count_changed(old, part.weight) for old, (part, _) in zip(former, group, strict=False)]
+        for group in groups(others, most):
+            scratch.clear()
+            former = [part.copy_weights(scratch, "former") for part in group] if counts else []
+            work, slots = self._compute(group, dtype, scratch, lr, step)
+            for index, part in enumerate(group):
+                self._write(part, work[index], [each[index] for each in slots], draw, scratch)
+            changed += [
+                _count_changed(old, part.weights(scratch, "now")) for old, part in zip(former, group, strict=False)
+            ]
         return changed
 
-    def _is_direct(self, stored: Sequence[Stored]) -> bool:
-        """Whether the rule can run on the stored tensors themselves, so that nothing has to be cut."""
-        precision = self._precision
-        dtypes = {precision.weights, *(each.gradient.dtype for each in stored)}
-        if self.rule.slots:
-            dtypes.add(precision.moments)
-        if dtypes == {torch.float32}:
-            return True
-        return precision.name == "bf16_papers" and dtypes == {torch.bfloat16} and self._rounder is None
+    def _workspace(self, stored: Sequence[Stored]) -> tuple[int, Scratch]:
+        """Entries of a slice of `stored`, and what it is worked on in."""
+        device = stored[0].weight.device
+        if device.type != "cpu":
+            # The device's allocator hands out freed memory again without the host's page faults.
+            return DEVICE_SLICE_ENTRIES, Scratch(DEVICE_SLICE_ENTRIES, device)
+        if self._scratch is None:
+            self._scratch = Scratch(min(SLICE_ENTRIES, sum(each.gradient.numel() for each in stored)), device)
+        return SLICE_ENTRIES, self._scratch
 
-    def _apply_group(
-        self, group: Sequence[tuple[Stored, int]], lr: float, step: int, draw: int, *, widen: bool
-    ) -> None:
-        parts = [part for part, _ in group]
-        work = [part.weight if part.master is None else part.master for part in parts]
-        gradients = [part.gradient for part in parts]
-        slots = [[part.slots[index] for part in parts] for index in range(len(self.rule.slots))]
-        if widen:
-            work, gradients, slots = _fp32(work), _fp32(gradients), [_fp32(slot) for slot in slots]
+    def _dtype(self, stored: Sequence[Stored]) -> torch.dtype:
+        """What the rule computes in: bf16 if that is meant and everything is stored in it, else fp32."""
+        dtypes = {tensor.dtype for each in stored for tensor in (each.weight, each.gradient, *each.slots)}
+        is_bf16 = self._precision.name == "bf16_papers" and dtypes == {torch.bfloat16} and not self._rounders
+        return torch.bfloat16 if is_bf16 else torch.float32
+
+    def _compute(
+        self, parts: Sequence[Part], dtype: torch.dtype, scratch: Scratch, lr: float, step: int
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Run the rule on `parts`; gives their new weights and slots, in place where they are stored in `dtype`."""
+        work = [
+            _widened(part.weights(scratch, "gathered"), dtype, scratch, "weight")
+            if part.master is None
+            else part.master
+            for part in parts
+        ]
+        gradients = [_widened(part.gradient, dtype, scratch, "gradient") for part in parts]
+        slots = [
+            [_widened(part.slots[index], dtype, scratch, slot) for part in parts]
+            for index, slot in enumerate(self.rule.slots)
+        ]
         self.rule.apply(work, gradients, slots, step=step, lr=lr)
-        for index, slot in enumerate(self.rule.slots):
-            for (part, start), new in zip(group, slots[index], strict=True):
-                self._write(part.slots[index], new, f"{part.name}/{slot}/{draw}/{start}")
-        for (part, start), new in zip(group, work, strict=True):
-            self._write(part.weight, new, f"{part.name}/weight/{draw}/{start}", keep=part.master is not None)
+        return work, slots
 
-    def _write(self, target: Tensor, source: Tensor, key: str, *, keep: bool = False) -> None:
-        """Put `source` into `target`, rounding as the run asks; `source` is used up unless `keep`."""
-        if target is source:
-            return
-        if self._rounder is None or target.dtype == torch.float32:
-            target.copy_(source)
+    def _write(self, part: Part, weight: Tensor, slots: Sequence[Tensor], draw: int, scratch: Scratch) -> None:
+        """Store what `_compute` gave for `part`, rounding as the run asks."""
+        for what, target, new in zip(self.rule.slots, part.slots, slots, strict=True):
+            if target is not new:
+                self._round(part, what, target, new, draw, scratch)
+        if part.chunk is None:
+            if part.weight is not weight:
+                self._round(part, "weight", part.weight, weight, draw, scratch)
+        elif part.weight.dtype == weight.dtype:
+            part.chunk.scatter_(part.weight, weight)
         else:
-            self._rounder.write(target, source.clone() if keep else source, key)
+            rounded = scratch.take("rounded", part.size, part.weight.dtype)
+            self._round(part, "weight", rounded, weight, draw, scratch)
+            part.chunk.scatter_(part.weight, rounded)
+
+    def _round(self, part: Part, what: str, target: Tensor, source: Tensor, draw: int, scratch: Scratch) -> None:
+        rounder = self._rounders.get(what)
+        if rounder is None or target.dtype == torch.float32:
+            target.copy_(source)
+            return
+        if source is part.master:
+            source = scratch.take("weight", part.size, source.dtype).copy_(source)
+        rounder.write(target, source, f"{part.name}/{what}/{draw}", part.start, scratch)
 
 
-def _groups(stored: Sequence[Stored], *, whole: bool) -> Iterator[list[tuple[Stored, int]]]:
-    """Cut so that a group has at most `SLICE_ENTRIES` entries, each part with its start; one group if `whole`.
-
-    Cuts are at multiples of `SLICE_ENTRIES` within a tensor, so that neither vector units nor draws see them.
-    """
-    if whole:
-        if stored:
-            yield [(each, 0) for each in stored]
-        return
-    group: list[tuple[Stored, int]] = []
-    entries = 0
-    for each in stored:
-        size = each.weight.numel()
-        for start in range(0, size, SLICE_ENTRIES):
-            stop = min(start + SLICE_ENTRIES, size)
-            if group and entries + stop - start > SLICE_ENTRIES:
-                yield group
-                group, entries = [], 0
-            group.append((each.cut(start, stop), start))
-            entries += stop - start
-    if group:
-        yield group
-
-
-def _fp32(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in fp32; those that are fp32 already are not copied."""
-    return [tensor.float() for tensor in tensors]
+def _widened(tensor: Tensor, dtype: torch.dtype, scratch: Scratch, use: str) -> Tensor:
+    """`tensor` in `dtype`: itself, or a copy in `scratch`."""
+    return tensor if tensor.dtype == dtype else scratch.take(use, tensor.numel(), dtype).copy_(tensor)
 
 
 def _count_changed(old: Tensor, new: Tensor) -> Tensor:
-    """How many entries of two bf16 tensors differ; by their bits, which is five times faster than by value."""
-    return torch.count_nonzero(old.view(torch.int16) ^ new.view(torch.int16))
+    """How many entries of two bf16 tensors differ; by their bits, which is five times faster than by value.
+
+    `old` is used up.
+    """
+    return torch.count_nonzero(old.view(torch.int16).bitwise_xor_(new.view(torch.int16)))

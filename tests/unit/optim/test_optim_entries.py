@@ -4,8 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockllm_cli.errors import InputError
-from blockllm_cli.optim import entries as under_test
-from blockllm_cli.optim.entries import Entries, largest_entries, largest_rows, positions_within
+from blockllm_cli.optim import bitmap
+from blockllm_cli.optim import largest as largest_module
+from blockllm_cli.optim.entries import Entries, positions_within
+from blockllm_cli.optim.largest import largest_entries, largest_rows
 
 
 def chosen(numel, count, seed=0):
@@ -50,7 +52,7 @@ def test_all_entries_need_no_index_and_no_copy():
 
 def test_a_bitmap_is_expanded_in_slices(monkeypatch):
     positions = chosen(8000, 3000)
-    monkeypatch.setattr(under_test, "_SLICE", 512)
+    monkeypatch.setattr(bitmap, "SLICE", 512)
     entries = Entries.of(positions, (80, 100))
     assert entries.form == "bitmap"
     tensor = torch.randn(80, 100)
@@ -122,7 +124,7 @@ def test_which_positions_are_among_others(mine, others):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [1, 700, 2999, 3000])
 def test_the_largest_across_slices_in_every_dtype(dtype, count, monkeypatch):
-    monkeypatch.setattr(under_test, "_SLICE", 512)
+    monkeypatch.setattr(largest_module, "_SLICE", 512)
     draw = torch.Generator().manual_seed(count)
     values = torch.randn(3000, generator=draw, dtype=torch.float64).mul(3).exp().to(dtype) * 1e-3
     values[::2] *= -1

@@ -24,8 +24,9 @@ from blockllm_cli.methods.blockllm.options import BlockLLMOptions
 from blockllm_cli.methods.blockllm.planning import plan_selection, plan_tensors
 from blockllm_cli.optim.adam import AdamRule
 from blockllm_cli.optim.blocks import Block, Piece
-from blockllm_cli.optim.entries import Entries, largest_entries, largest_rows
+from blockllm_cli.optim.entries import Entries
 from blockllm_cli.optim.kept_state import KeptState
+from blockllm_cli.optim.largest import largest_entries, largest_rows
 
 NEW, SKETCH, INACTIVE = "@new", "@sketch", "@inactive"
 """Ends of route keys: a piece that begins to train, one whose norm is estimated, one under the rule without state."""
