@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SLICE = 2**18
@@ -43,7 +44,7 @@ def expanded(bitmap: Tensor, counts: list[int]) -> Iterator[Tensor]:
         counts: of its slices, so that the host need not wait for the device.
     """
     if is_on_host(bitmap):
-        yield from _expanded_on_host(bitmap, counts)
+        yield from _expanded_on_host(bitmap)
         return
     for (start, flags), count in zip(_flags(bitmap), counts, strict=True):
         yield torch.nonzero_static(flags, size=count).view(-1) + start
@@ -54,21 +55,25 @@ def is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _expanded_on_host(bitmap: Tensor, counts: list[int]) -> Iterator[Tensor]:
-    """`expanded` by NumPy, which is 4 to 12 times faster than torch here (measured at densities from 0.05 to 0.5).
+def set_positions(flags: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Where `flags` (1-D) are set, ascending; on a CPU several times faster than torch's search (measured).
 
-    Its search has one loop without branches, 0.4 ns for each flag, and another that is taken where a tenth of the flags
-    or less is set and takes up to three times as long. An eighth of flags behind the slice that are always set keeps to
-    the first; what is found of these is cut off.
+    NumPy's search has a loop without branches, 0.35 ns for each flag, and one that is taken where a tenth of the flags
+    or less is set: faster where far less is, but half as fast in between. There an eighth of flags that are set is put
+    behind, which keeps it to the first loop, and what is found of these is cut off.
     """
-    size = min(SLICE, 8 * bitmap.numel())
-    padded = np.ones(size + size // 8, dtype=np.uint8)
-    for number, count in enumerate(counts):
-        start = number * SLICE
-        part = bitmap[start // 8 : (start + SLICE) // 8].numpy()
-        used = padded[size - 8 * part.size :]
-        used[: 8 * part.size] = np.unpackbits(part, bitorder="little")
-        positions = torch.from_numpy(np.flatnonzero(used.view(np.bool_)))[:count]
+    count = np.count_nonzero(flags)
+    if not flags.size // 40 < count <= flags.size // 10:
+        return np.flatnonzero(flags)
+    padded = np.ones(flags.size + flags.size // 8 + 1, dtype=np.bool_)
+    padded[: flags.size] = flags
+    return np.flatnonzero(padded)[:count]
+
+
+def _expanded_on_host(bitmap: Tensor) -> Iterator[Tensor]:
+    for start in range(0, 8 * bitmap.numel(), SLICE):
+        flags = np.unpackbits(bitmap[start // 8 : (start + SLICE) // 8].numpy(), bitorder="little")
+        positions = torch.from_numpy(set_positions(flags.view(np.bool_)))
         yield positions.add_(start) if start else positions
 
 

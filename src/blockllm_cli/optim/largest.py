@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_SLICE = 2**20
+from blockllm_cli.optim.bitmap import is_on_host, set_positions
+
+_SLICE = 2**18
 """Entries that are looked at at a time."""
+
+_SAMPLES = 2**14
+_SPARE = 8
+"""The guess at the threshold is low enough if it lets an eighth more of all entries pass than are wanted, or less."""
 
 
 def largest_entries(gradient: Tensor, count: int) -> Tensor:
@@ -32,6 +41,8 @@ def _largest(values: Tensor, count: int) -> Tensor:
     """Positions of the `count` largest magnitudes of a 1-D tensor; memory is bounded by a slice and the result."""
     if count == 0:
         return torch.empty(0, dtype=torch.int64, device=values.device)
+    if is_on_host(values) and (found := _guessed(values, count)) is not None:
+        return found
     threshold, ties = _threshold(values, count)
     chosen = []
     for start, keys in _keys(values):
@@ -41,6 +52,58 @@ def _largest(values: Tensor, count: int) -> Tensor:
         ties -= equal.numel()
         chosen.append(taken.nonzero().view(-1) + start)
     return torch.cat(chosen)
+
+
+def _guessed(values: Tensor, count: int) -> Tensor | None:
+    """`_largest` on the host in one reading; None if the sample misled, so that another way has to be taken.
+
+    A sample gives a threshold that is almost surely a little too low; the entries above it are noted in one reading of
+    `values`, and the exact threshold is found among these few. So chance decides about the time, never the result.
+    """
+    passed = _above(values, _low_threshold(values, count), count + values.numel() // _SPARE)
+    if passed is None:
+        return None
+    keys = np.concatenate([keys for _, keys in passed])
+    if keys.size < count:
+        return None
+    keys.partition(keys.size - count)
+    threshold = keys[keys.size - count]
+    ties = count - int(np.count_nonzero(keys[keys.size - count :] > threshold))
+    del keys
+    found = torch.empty(count, dtype=torch.int64)
+    done = 0
+    for number, (positions, slice_keys) in enumerate(passed):
+        taken = slice_keys > threshold
+        equal = np.flatnonzero(slice_keys == threshold)[:ties]
+        taken[equal] = True
+        ties -= equal.size
+        chosen = torch.from_numpy(positions[set_positions(taken)])
+        torch.add(chosen, number * _SLICE, out=found[done : done + chosen.numel()])
+        done += chosen.numel()
+    return found
+
+
+def _low_threshold(values: Tensor, count: int) -> int:
+    """A key that is exceeded by more than `count` entries, four standard deviations of the sample to be safe."""
+    # An odd distance meets all columns of a matrix in turn.
+    sample = _key_bits(values[:: values.numel() // _SAMPLES | 1])
+    share = count / values.numel()
+    wanted = share + 4 * math.sqrt(share * (1 - share) / sample.numel()) + 4 / sample.numel()
+    rank = max(0, sample.numel() - 1 - math.ceil(wanted * sample.numel()))
+    return 0 if wanted >= 1 else int(np.partition(sample.numpy(), rank)[rank])
+
+
+def _above(values: Tensor, least: int, most: int) -> list[tuple[NDArray[np.int32], NDArray[np.signedinteger]]] | None:
+    """For each slice, where keys are `least` or more, and these keys; None if they are more than `most` in all."""
+    found = []
+    count = 0
+    for _, keys in _keys(values):
+        positions = set_positions(keys.numpy() >= least)
+        count += positions.size
+        if count > most:
+            return None
+        found.append((positions.astype(np.int32), keys.numpy()[positions]))
+    return found
 
 
 def _threshold(values: Tensor, count: int) -> tuple[int, int]:
@@ -66,7 +129,11 @@ def _threshold(values: Tensor, count: int) -> tuple[int, int]:
 
 
 def _keys(values: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first position, whole numbers in the order of the magnitudes) of consecutive slices: the bits without sign."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    """(first position, whole numbers in the order of the magnitudes) of consecutive slices."""
     for start in range(0, values.numel(), _SLICE):
-        yield start, values[start : start + _SLICE].abs().view(whole)
+        yield start, _key_bits(values[start : start + _SLICE])
+
+
+def _key_bits(values: Tensor) -> Tensor:
+    """The bits without sign."""
+    return values.abs().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
