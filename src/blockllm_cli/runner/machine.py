@@ -79,20 +79,21 @@ def usable_cores() -> int:
 def on_machine(machine: Machine) -> Iterator[None]:
     """Hold torch to the machine's decisions for the duration of the block."""
     threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.get_deterministic_debug_mode()
     filling: Any = torch.utils.deterministic  # a module whose one attribute is a property
     fill = filling.fill_uninitialized_memory
     torch.set_num_threads(machine.threads)
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(machine.deterministic)
+    # Not `use_deterministic_algorithms`, which imports the compiler, a second of work, to tell it the same.
+    torch.set_deterministic_debug_mode("error" if machine.deterministic else "default")
     # Filling fresh memory guards against reading it; nothing here does, and it costs a pass over every buffer.
     filling.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.set_deterministic_debug_mode(deterministic)
         filling.fill_uninitialized_memory = fill
 
 

@@ -170,7 +170,7 @@ class Trainer:
         while taken is not None:
             started = time.perf_counter()
             report = self._update(self.state.step + 1, taken, started)
-            self._advance(taken.rows)
+            self._advance(taken.rows, report.targets)
             # The next rows are asked for before this update is reported, since only they tell whether it was the last;
             # what goes wrong with them belongs to the next update and must not swallow this report.
             failure: Exception | None = None
@@ -259,10 +259,10 @@ class Trainer:
             'run.on_nonfinite = "skip"'
         )
 
-    def _advance(self, rows: Rows) -> None:
+    def _advance(self, rows: Rows, targets: int) -> None:
         state = self.state
         state.step += 1
-        state.tokens += int(rows.targets_per_row().sum())
+        state.tokens += targets
         state.slots += rows.slots
         state.rows_digest = rows_digest(state.rows_digest, rows)
         state.unigram_counts += np.bincount(rows.target_ids(), minlength=len(state.unigram_counts))
