@@ -1,13 +1,17 @@
 """Stochastic rounding: unbiased, exact where it should be, and a function of its key alone; both experiments of R16."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockllm_cli.optim import rounding
 from blockllm_cli.optim.dense_state import DenseState
 from blockllm_cli.optim.precision import precision_of
 from blockllm_cli.optim.rounding import StochasticRounder
+from blockllm_cli.optim.scratch import Scratch
 from blockllm_cli.optim.sgd import SgdRule
 
 DRAWS = 100_000
@@ -107,3 +111,29 @@ def test_weight_decay_under_either_rounding(rounding, mean):
     for _ in range(1000):
         state.update({"w": torch.zeros(4000)}, lambda _: 1.0)
     assert weight.double().mean().item() == pytest.approx(mean, abs=0.0 if rounding == "nearest" else 0.005)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    entries=st.integers(1, 600),
+    cuts=st.lists(st.integers(0, 150), max_size=6),
+    seed=st.integers(0, 9),
+    draw_entries=st.sampled_from([64, 128, 2**21]),
+)
+def test_how_a_tensor_is_cut_does_not_show(entries, cuts, seed, draw_entries):
+    """Parts in order, parts after others were written, one scratch for all: the draws are those of the whole."""
+    source = torch.randn(entries, generator=torch.Generator().manual_seed(seed))
+    kept, rounding.DRAW_ENTRIES = rounding.DRAW_ENTRIES, draw_entries
+    try:
+        whole = rounded(source)
+        rounder, scratch = StochasticRounder(0), Scratch(200, source.device)
+        target = torch.empty_like(whole)
+        bounds = sorted({0, entries, *(4 * cut for cut in cuts if 4 * cut < entries)})
+        for number, (start, stop) in enumerate(pairwise(bounds)):
+            scratch.clear()
+            if number == 2:
+                rounder.write(torch.empty(5, dtype=torch.bfloat16), torch.randn(5), "b/1", 0, scratch)
+            rounder.write(target[start:stop], source[start:stop].clone(), "a/1", start, scratch)
+    finally:
+        rounding.DRAW_ENTRIES = kept
+    assert torch.equal(target, whole)
