@@ -102,7 +102,9 @@ class LlamaModel(nn.Module):
     def __init__(self, config: LlamaConfig, *, checkpoint_activations: bool = False) -> None:
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Values come from outside. Drawing some on the meta device first would import the compiler, a second of work.
+        empty = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=empty)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config.head_dim, config.rope_theta)

@@ -35,3 +35,8 @@ class Scratch:
     def clear(self) -> None:
         """Everything that was taken is free again."""
         self._used.clear()
+
+
+def widened(tensor: Tensor, dtype: torch.dtype, scratch: Scratch, use: str) -> Tensor:
+    """`tensor` in `dtype`: itself, or a copy in `scratch`."""
+    return tensor if tensor.dtype == dtype else scratch.take(use, tensor.numel(), dtype).copy_(tensor)

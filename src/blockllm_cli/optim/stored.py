@@ -15,7 +15,7 @@ from torch import Tensor
 from blockllm_cli.optim.precision import Precision
 from blockllm_cli.optim.rounding import StochasticRounder
 from blockllm_cli.optim.rules import DenseRule
-from blockllm_cli.optim.scratch import Scratch
+from blockllm_cli.optim.scratch import Scratch, widened
 from blockllm_cli.optim.slices import Part, Stored, groups
 
 SLICE_ENTRIES = 2**18
@@ -103,14 +103,12 @@ class StoredRule:
     ) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Run the rule on `parts`; gives their new weights and slots, in place where they are stored in `dtype`."""
         work = [
-            _widened(part.weights(scratch, "gathered"), dtype, scratch, "weight")
-            if part.master is None
-            else part.master
+            widened(part.weights(scratch, "gathered"), dtype, scratch, "weight") if part.master is None else part.master
             for part in parts
         ]
-        gradients = [_widened(part.gradient, dtype, scratch, "gradient") for part in parts]
+        gradients = [widened(part.gradient, dtype, scratch, "gradient") for part in parts]
         slots = [
-            [_widened(part.slots[index], dtype, scratch, slot) for part in parts]
+            [widened(part.slots[index], dtype, scratch, slot) for part in parts]
             for index, slot in enumerate(self.rule.slots)
         ]
         self.rule.apply(work, gradients, slots, step=step, lr=lr)
@@ -139,11 +137,6 @@ class StoredRule:
         if source is part.master:
             source = scratch.take("weight", part.size, source.dtype).copy_(source)
         rounder.write(target, source, f"{part.name}/{what}/{draw}", part.start, scratch)
-
-
-def _widened(tensor: Tensor, dtype: torch.dtype, scratch: Scratch, use: str) -> Tensor:
-    """`tensor` in `dtype`: itself, or a copy in `scratch`."""
-    return tensor if tensor.dtype == dtype else scratch.take(use, tensor.numel(), dtype).copy_(tensor)
 
 
 def _count_changed(old: Tensor, new: Tensor) -> Tensor:

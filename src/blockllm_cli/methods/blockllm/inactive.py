@@ -16,7 +16,8 @@ from blockllm_cli.gradients.clip import kept_norm
 from blockllm_cli.optim.entries import Entries
 from blockllm_cli.optim.precision import Precision
 from blockllm_cli.optim.rounding import StochasticRounder
-from blockllm_cli.optim.stored import SLICE_ENTRIES
+from blockllm_cli.optim.scratch import Scratch, widened
+from blockllm_cli.optim.stored import DEVICE_SLICE_ENTRIES, SLICE_ENTRIES
 
 
 class InactiveRule:
@@ -59,9 +60,12 @@ class InactiveRule:
         if step is None:
             return norm
         weights, gradients = weight.view(-1), gradient.view(-1)
-        for start in range(0, weights.numel(), SLICE_ENTRIES):
-            part = slice(start, start + SLICE_ENTRIES)
-            self._write_slice(weights[part], gradients[part], step, f"{key}/{start}")
+        most = SLICE_ENTRIES if weight.device.type == "cpu" else DEVICE_SLICE_ENTRIES
+        scratch = Scratch(min(most, weight.numel()), weight.device)
+        for start in range(0, weights.numel(), most):
+            part = slice(start, start + most)
+            scratch.clear()
+            self._write_slice(weights[part], gradients[part], step, key, start, scratch)
         return norm
 
     def _step_length(self, gradient: Tensor, norm: Tensor, numel: int, rate: float, *, is_whole: bool) -> Tensor | None:
@@ -81,13 +85,16 @@ class InactiveRule:
             length = torch.where(written > 0, length * numel**0.5 / written, 0.0)
         return torch.where(finite, length, 0.0).float()
 
-    def _write_slice(self, weight: Tensor, gradient: Tensor, step: Tensor, key: str) -> None:
-        direction = gradient.sign() if self._kind == "sign" else gradient
+    def _write_slice(
+        self, weight: Tensor, gradient: Tensor, step: Tensor, key: str, start: int, scratch: Scratch
+    ) -> None:
+        direction = gradient.sign_() if self._kind == "sign" else gradient
+        direction = widened(direction, torch.float32, scratch, "direction")
         if weight.dtype == torch.float32:
-            weight.addcmul_(direction.float(), step, value=-1.0)
+            weight.addcmul_(direction, step, value=-1.0)
             return
-        wide = weight.float().addcmul_(direction.float(), step, value=-1.0)
+        wide = widened(weight, torch.float32, scratch, "weight").addcmul_(direction, step, value=-1.0)
         if self._rounder is None:
             weight.copy_(wide)
         else:
-            self._rounder.write(weight, wide, key)
+            self._rounder.write(weight, wide, key, start, scratch)
