@@ -9,8 +9,10 @@ without one for the layers below the lowest trained weight.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -27,10 +29,6 @@ from blockllm_cli.model.elementwise import gated_silu, rms_norm
 from blockllm_cli.model.linears import Feed, Linear, SelfFeeding, hand_over
 from blockllm_cli.model.operators import Part, attend_blocked, project, register_taker
 from blockllm_cli.model.rotary import Turn
-
-LIMIT = 8
-"""Compilations of one model at most; what would need one more runs as if nothing were compiled."""
-
 
 @dataclass(frozen=True)
 class Compilation:
@@ -59,40 +57,56 @@ class LayerCompiler:
 
     Attributes:
         compilations: what was compiled so far, in order.
-        refused: calls that ran without compilation because the limit was reached.
     """
 
     def __init__(self, backend: str = "inductor") -> None:
         self.compilations: list[Compilation] = []
-        self.refused = 0
         self._backend = backend
         self._seconds = 0.0
         self._count = 0
+        self._seen: set[tuple[torch.Size, bool, bool]] = set()
+        self._refused: set[tuple[torch.Size, bool, bool]] = set()
         # The compiler keeps its results by code object: with one of its own a model neither uses up the limit of
         # another one in this process nor is slowed down by its guards.
         function = FunctionType(_layer.__code__.replace(), _layer.__globals__, _layer.__name__)
         self._function = torch.compile(function, fullgraph=True, backend=self._compile)
 
+    @property
+    def refused(self) -> int:
+        """Kinds of batches that run without compilation because the limit was reached."""
+        return len(self._refused)
+
+    @property
+    def limit(self) -> int:
+        """Compilations at most, torch's own setting; what would need one more runs as if nothing were compiled."""
+        import torch._dynamo.config as settings  # heavy
+
+        return int(settings.recompile_limit)
+
     def call(self, x: Tensor, *arguments: Any) -> Tensor | None:
-        """`_layer`, compiled; None if that would need one compilation more than `LIMIT`.
+        """`_layer`, compiled; None if that would need one compilation more than `limit`.
 
         Raises:
             RecipeError: the compiler fails.
         """
-        import torch._dynamo.exc as dynamo  # heavy, and here long since imported by the first call
+        import torch._dynamo.exc as dynamo  # heavy
 
-        count = self._count
+        mask, count = arguments[3], self._count  # of `_layer` without x
+        kind = (x.shape, mask is None, x.requires_grad)
+        if kind in self._refused:
+            return None
         try:
-            result: Tensor = self._function(x, *arguments)
+            with contextlib.nullcontext() if kind in self._seen else _while_tracing():
+                result: Tensor = self._function(x, *arguments)
         except dynamo.FailOnRecompileLimitHit:
-            self.refused += 1
+            self._refused.add(kind)
             return None
         except dynamo.TorchDynamoException as error:
-            raise compile_error(error) from error
+            raise _compile_error(error) from error
+        self._seen.add(kind)
         if self._count > count:
-            mask = arguments[-4]
             self.compilations.append(
-                Compilation(x.shape[0], x.shape[1], mask is not None, result.requires_grad, self._seconds)
+                Compilation(x.shape[0], x.shape[1], mask is not None, x.requires_grad, self._seconds)
             )
         return result
 
@@ -211,11 +225,38 @@ class _Entry(torch.autograd.Function):
         return None, x_gradient if ctx.needs_input_grad[1] else None, None, None, None
 
 
-def compile_error(error: Exception) -> RecipeError:
-    """What is said of a compiler that fails."""
+@contextlib.contextmanager
+def _while_tracing() -> Iterator[None]:
+    """Let torch tell when its limit is reached, and not warn of what it does itself.
+
+    That is to read `.grad` of any tensor and to call what it has deprecated.
+    """
+    import torch._dynamo.config as settings  # heavy
+
+    with warnings.catch_warnings(), settings.patch(fail_on_recompile_limit_hit=True):
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile next to nothing for `device`, so that a machine without a compiler is known before anything is written.
+
+    Raises:
+        RecipeError: it cannot be done.
+    """
+    import torch._dynamo.exc as dynamo  # heavy
+
+    try:
+        torch.compile(lambda x: x + 1, fullgraph=True)(torch.ones(8, device=device))
+    except dynamo.TorchDynamoException as error:
+        raise _compile_error(error) from error
+
+
+def _compile_error(error: Exception) -> RecipeError:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return RecipeError(
-        f'run.compile = "layer": torch.compile cannot compile on this machine: {lines[0] if lines else error!r}. Set '
+        f'run.compile = "layer": torch.compile fails on this machine: {lines[0] if lines else repr(error)}. Set '
         'run.compile = "off"; or give it what it needs: a C++ compiler for the CPU (g++ or clang++ on PATH, or named by '
         "CXX), Triton for a GPU"
     )
