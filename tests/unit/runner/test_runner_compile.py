@@ -31,7 +31,7 @@ def names(result):
     return [[block["name"] for block in event["blocks"]] for event in result.events if event["kind"] == "selection"]
 
 
-@pytest.mark.parametrize("options", ["", ",mask=row,density=0.9", ",inactive=normalized"])
+@pytest.mark.parametrize("options", ["", ",inactive=normalized"])
 def test_selections_do_not_compile_anew(tiny, without_inductor, options):
     """R19: the embedding is a candidate, never selected."""
     method = METHOD + options
