@@ -3,8 +3,9 @@
 All layers of a model are calls of one function whose weights are arguments, so one compilation serves them all. What
 differs between layers, updates and methods is not in the compiled code: the weights come without `requires_grad`, the
 matrices' gradients go where the operators' orders say (`operators.py`), and those of the norms, which cost next to
-nothing, are always made and handed on or dropped outside. Two kinds of graph are left: with a backward pass, and
-without one for the layers below the lowest trained weight.
+nothing, are always made and handed on or dropped outside. Three kinds of graph are left: for layers with a trained
+matrix, for layers without one that a gradient passes through, which keep no inputs of matrices, and without a backward
+pass for layers below the lowest trained weight.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ class Compilation:
         rows: B of the batch that asked for it.
         positions: L of that batch.
         masked: whether its rows hold several documents.
-        trained: whether the graph has a backward pass.
+        differentiated: whether the graph has a backward pass.
+        feeds: whether matrices are trained in it.
         seconds: how long it took.
     """
 
     rows: int
     positions: int
     masked: bool
-    trained: bool
+    differentiated: bool
+    feeds: bool
     seconds: float
 
 
@@ -64,8 +67,8 @@ class LayerCompiler:
         self._backend = backend
         self._seconds = 0.0
         self._count = 0
-        self._seen: set[tuple[torch.Size, bool, bool]] = set()
-        self._refused: set[tuple[torch.Size, bool, bool]] = set()
+        self._seen: set[tuple[torch.Size, bool, bool, bool]] = set()
+        self._refused: set[tuple[torch.Size, bool, bool, bool]] = set()
         # The compiler keeps its results by code object: with one of its own a model neither uses up the limit of
         # another one in this process nor is slowed down by its guards.
         function = FunctionType(_layer.__code__.replace(), _layer.__globals__, _layer.__name__)
@@ -91,8 +94,8 @@ class LayerCompiler:
         """
         import torch._dynamo.exc as dynamo  # heavy
 
-        mask, count = arguments[3], self._count  # of `_layer` without x
-        kind = (x.shape, mask is None, x.requires_grad)
+        mask, feeds, count = arguments[3], arguments[5], self._count  # of `_layer` without x
+        kind = (x.shape, mask is not None, x.requires_grad, feeds)
         if kind in self._refused:
             return None
         try:
@@ -106,7 +109,7 @@ class LayerCompiler:
         self._seen.add(kind)
         if self._count > count:
             self.compilations.append(
-                Compilation(x.shape[0], x.shape[1], mask is not None, x.requires_grad, self._seconds)
+                Compilation(x.shape[0], x.shape[1], mask is not None, x.requires_grad, feeds, self._seconds)
             )
         return result
 
@@ -174,7 +177,8 @@ class CompiledLayer:
         if is_trained:
             x, *norms = applied(_Entry, self._anchor, x, *norms, [norm.feeds for norm in self._norms])
         matrices = tuple(matrix.weight.detach() for matrix in self._matrices)
-        return self._compiler.call(x, tuple(norms), matrices, turn, mask, orders, self._head_dim, self._eps)
+        feeds = any(matrix.feeds for matrix in self._matrices)
+        return self._compiler.call(x, tuple(norms), matrices, turn, mask, orders, feeds, self._head_dim, self._eps)
 
     def take(self, part: int, gradients: Sequence[Tensor], x: Tensor) -> None:
         """See `Taker`."""
@@ -269,6 +273,7 @@ def _layer(
     turn: Turn,
     mask: Tensor | None,
     orders: Tensor,
+    feeds: bool,
     head_dim: int,
     eps: float,
 ) -> Tensor:
@@ -281,13 +286,14 @@ def _layer(
         turn: of the positions.
         mask: as in `attend`.
         orders: as in `operators`.
+        feeds: whether the gradient of any matrix is wanted.
         head_dim: channels of a head.
         eps: of the norms.
     """
     query_weight, key_weight, value_weight, output_weight, gate_weight, up_weight, down_weight = matrices
     heads = (*x.shape[:-1], -1, head_dim)
     normed = rms_norm(x, norms[0], eps)
-    query, key, value = project(normed, [query_weight, key_weight, value_weight], orders, Part.QUERY_KEY_VALUE.value)
+    query, key, value = project(normed, [query_weight, key_weight, value_weight], orders, Part.QUERY_KEY_VALUE.value, feeds)
     query, key, value = _turned(query.view(heads), turn), _turned(key.view(heads), turn), value.view(heads)
     value = value.transpose(1, 2)
     if is_blocked(query):
@@ -297,10 +303,10 @@ def _layer(
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped
         )
-    (output,) = project(mixed.transpose(1, 2).flatten(2), [output_weight], orders, Part.OUTPUT.value)
+    (output,) = project(mixed.transpose(1, 2).flatten(2), [output_weight], orders, Part.OUTPUT.value, feeds)
     x = x + output
-    gate, up = project(rms_norm(x, norms[1], eps), [gate_weight, up_weight], orders, Part.GATE_UP.value)
-    (down,) = project(gated_silu(gate, up), [down_weight], orders, Part.DOWN.value)
+    gate, up = project(rms_norm(x, norms[1], eps), [gate_weight, up_weight], orders, Part.GATE_UP.value, feeds)
+    (down,) = project(gated_silu(gate, up), [down_weight], orders, Part.DOWN.value, feeds)
     return x + down
 
 

@@ -60,7 +60,7 @@ def register_taker(taker: Taker) -> int:
 
 
 @torch.library.custom_op("blockllm::project", mutates_args=())
-def project(x: Tensor, weights: list[Tensor], orders: Tensor, part: int) -> list[Tensor]:
+def project(x: Tensor, weights: list[Tensor], orders: Tensor, part: int, feeds: bool) -> list[Tensor]:
     """x W^T for each of `weights`.
 
     Args:
@@ -68,45 +68,47 @@ def project(x: Tensor, weights: list[Tensor], orders: Tensor, part: int) -> list
         weights: each (out, in); no gradient comes back for them.
         orders: see the module.
         part: which matrices these are (`Part`).
+        feeds: whether the gradients of `weights` may be wanted; if not, `x` is not kept for the backward pass.
     """
     return [F.linear(x, weight) for weight in weights]
 
 
 @project.register_fake
-def _(x: Tensor, weights: list[Tensor], orders: Tensor, part: int) -> list[Tensor]:
+def _(x: Tensor, weights: list[Tensor], orders: Tensor, part: int, feeds: bool) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
 
 
 @torch.library.custom_op("blockllm::project_backward", mutates_args=())
-def _project_backward(gradients: list[Tensor], x: Tensor, weights: list[Tensor], orders: Tensor, part: int) -> Tensor:
+def _project_backward(
+    gradients: list[Tensor], x: Tensor | None, weights: list[Tensor], orders: Tensor, part: int
+) -> Tensor:
     number, wanted = orders.tolist()
     if wanted >> part & 1:
-        rows = [gradient.flatten(0, -2) for gradient in gradients]
-        total = rows[0] @ weights[0]
-        for gradient, weight in zip(rows[1:], weights[1:], strict=True):
-            total.addmm_(gradient, weight)
-        x_gradient = total.view_as(x)
+        x_gradient = gradients[0] @ weights[0]
+        for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+            x_gradient += gradient @ weight
     else:
-        x_gradient = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        x_gradient = gradients[0].new_zeros(*gradients[0].shape[:-1], weights[0].shape[1])
     # The weights are done with before a route sees a gradient: the route may write them.
-    _takers[number].take(part, gradients, x)
+    if x is not None:
+        _takers[number].take(part, gradients, x)
     return x_gradient
 
 
 @_project_backward.register_fake
-def _(gradients: list[Tensor], x: Tensor, weights: list[Tensor], orders: Tensor, part: int) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _(gradients: list[Tensor], x: Tensor | None, weights: list[Tensor], orders: Tensor, part: int) -> Tensor:
+    return gradients[0].new_empty(*gradients[0].shape[:-1], weights[0].shape[1])
 
 
 def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, orders, ctx.part = inputs
-    ctx.save_for_backward(x, orders, *weights)
+    x, weights, orders, ctx.part, feeds = inputs
+    ctx.save_for_backward(x if feeds else None, orders, *weights)
 
 
 def _differentiate_projection(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     x, orders, *weights = ctx.saved_tensors
     x_gradient = _project_backward(gradients, x, weights, orders, ctx.part)
-    return x_gradient, [None] * len(weights), None, None
+    return x_gradient, [None] * len(weights), None, None, None
 
 
 project.register_autograd(_differentiate_projection, setup_context=_save_projection)

@@ -9,6 +9,9 @@ from typing import Any
 from blockllm_cli.model.compiled import LayerCompiler
 
 
+_KINDS = {(True, True): "", (True, False): ", frozen above trained ones,", (False, False): ", frozen below trained ones,"}
+
+
 class CompilationNotes:
     """Tells of each compilation once, and once that the compiler's limit was reached.
 
@@ -34,7 +37,7 @@ class CompilationNotes:
             yield (
                 {"kind": "compilation", "number": self._told, "limit": limit, **asdict(compilation)},
                 f"compiled a decoder layer for {compilation.rows} rows of {compilation.positions} positions"
-                f"{'' if compilation.trained else ', forward only,'} in {compilation.seconds:.1f} s "
+                f"{_KINDS[compilation.differentiated, compilation.feeds]} in {compilation.seconds:.1f} s "
                 f"({self._told} of at most {limit})",
                 False,
             )
