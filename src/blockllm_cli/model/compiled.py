@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -69,9 +70,10 @@ class LayerCompiler:
         self._count = 0
         self._seen: set[tuple[torch.Size, bool, bool, bool]] = set()
         self._refused: set[tuple[torch.Size, bool, bool, bool]] = set()
-        # The compiler keeps its results by code object: with one of its own a model neither uses up the limit of
-        # another one in this process nor is slowed down by its guards.
-        function = FunctionType(_layer.__code__.replace(), _layer.__globals__, _layer.__name__)
+        # The compiler keeps its results by code object, and by its name which sizes have varied. With one of its own a
+        # model does not use up the limit of another one in this process, and their widths stay constants.
+        name = f"{_layer.__name__}_{uuid.uuid4().hex}"
+        function = FunctionType(_layer.__code__.replace(co_name=name), _layer.__globals__, name)
         self._function = torch.compile(function, fullgraph=True, backend=self._compile)
 
     @property
@@ -98,8 +100,12 @@ class LayerCompiler:
         kind = (x.shape, mask is not None, x.requires_grad, feeds)
         if kind in self._refused:
             return None
+        tracing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if kind not in self._seen:
+            tracing = _while_tracing()
+            _mark_sizes(x, arguments[2], mask)
         try:
-            with contextlib.nullcontext() if kind in self._seen else _while_tracing():
+            with tracing:
                 result: Tensor = self._function(x, *arguments)
         except dynamo.FailOnRecompileLimitHit:
             self._refused.add(kind)
@@ -241,6 +247,21 @@ def _while_tracing() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
+
+
+def _mark_sizes(x: Tensor, turn: Turn, mask: Tensor | None) -> None:
+    """Rows and positions are to be variables from the first compilation on: one graph serves all batches.
+
+    Without this a batch of another size would need a second one, and which graph serves a batch, on which its last bits
+    depend, would follow from the batches before it.
+    """
+    from torch._dynamo import maybe_mark_dynamic  # heavy
+
+    maybe_mark_dynamic(x, (0, 1))
+    for tensor in turn:
+        maybe_mark_dynamic(tensor, 0)
+    if mask is not None:
+        maybe_mark_dynamic(mask, (0, 2, 3))
 
 
 def check_compiler(device: torch.device) -> None:

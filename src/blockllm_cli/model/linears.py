@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from blockllm_cli.model.autograd import applied
+from blockllm_cli.model.products import has_own_product, product
 
 Wanted = slice | Tensor
 """Rows of a matrix: contiguous ones, or their numbers (int64, ascending)."""
@@ -57,27 +58,37 @@ class Linear(SelfFeeding, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to the last dimension of `input`."""
-        if self.feeds:
-            fed: Tensor = applied(_FedLinear, input, self.weight, self.feeds)
-            return fed
+        if self.feeds or has_own_product(input):
+            multiplied: Tensor = applied(_Linear, input, self.weight, self.feeds)
+            return multiplied
         return F.linear(input, self.weight)
 
 
-class _FedLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, feeds: Sequence[Feed]) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.feeds = feeds
-        return F.linear(x, weight)
+        return times(x, weight.t())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         # The weight is done with before a feed sees its gradient: the feed may write it.
-        x_gradient = gradient @ weight if ctx.needs_input_grad[0] else None
-        hand_over(gradient, x, ctx.feeds)
-        return x_gradient, None, None
+        x_gradient = None if weight is None else times(gradient, weight)
+        if x is None:
+            return x_gradient, None, None
+        if ctx.feeds:
+            hand_over(gradient, x, ctx.feeds)
+            return x_gradient, None, None
+        return x_gradient, product(gradient.flatten(0, -2).t(), x.flatten(0, -2)), None
+
+
+def times(x: Tensor, matrix: Tensor) -> Tensor:
+    """`x` (..., m) times `matrix` (m, n): (..., n)."""
+    return product(x.flatten(0, -2), matrix).view(*x.shape[:-1], matrix.shape[1])
 
 
 class _FedWeight(torch.autograd.Function):
@@ -112,7 +123,7 @@ def hand_over(gradient: Tensor, x: Tensor, feeds: Sequence[Feed]) -> None:
     """
     columns, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
     for feed in feeds:
-        feed.accept_rows(pick_columns(columns, feed.wanted_rows()).t() @ inputs)
+        feed.accept_rows(product(pick_columns(columns, feed.wanted_rows()).t(), inputs))
 
 
 def pick_columns(matrix: Tensor, wanted: Wanted | None) -> Tensor:

@@ -11,17 +11,16 @@ int64 (2,) on the CPU, the number of a `Taker`, and bits that say which input gr
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from blockllm_cli.model.attention import blocked_attention, blocked_attention_backward
+from blockllm_cli.model.linears import times
 
 
 class Part(IntEnum):
@@ -49,14 +48,12 @@ class Taker(Protocol):
 
 # The only way from a number back to an object. Weak: a number that nobody holds any more means nothing.
 _takers: weakref.WeakValueDictionary[int, Taker] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
 
 
 def register_taker(taker: Taker) -> int:
     """A number for `taker` to stand in a layer's orders, for as long as it lives."""
-    number = next(_numbers)
-    _takers[number] = taker
-    return number
+    _takers[id(taker)] = taker
+    return id(taker)
 
 
 @torch.library.custom_op("blockllm::project", mutates_args=())
@@ -70,7 +67,7 @@ def project(x: Tensor, weights: list[Tensor], orders: Tensor, part: int, feeds: 
         part: which matrices these are (`Part`).
         feeds: whether the gradients of `weights` may be wanted; if not, `x` is not kept for the backward pass.
     """
-    return [F.linear(x, weight) for weight in weights]
+    return [times(x, weight.t()) for weight in weights]
 
 
 @project.register_fake
@@ -84,9 +81,9 @@ def _project_backward(
 ) -> Tensor:
     number, wanted = orders.tolist()
     if wanted >> part & 1:
-        x_gradient = gradients[0] @ weights[0]
+        x_gradient = times(gradients[0], weights[0])
         for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-            x_gradient += gradient @ weight
+            x_gradient += times(gradient, weight)
     else:
         x_gradient = gradients[0].new_zeros(*gradients[0].shape[:-1], weights[0].shape[1])
     # The weights are done with before a route sees a gradient: the route may write them.
