@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from support.tiny import equal_tensors
+
 pytestmark = pytest.mark.slow
 
 SHORT = (
@@ -31,6 +33,18 @@ def test_generated_code_gives_the_losses_of_plain_layers(tiny, layout):
         for one, other in zip(compiled.column(key), plain.column(key), strict=True):
             assert abs(one - other) <= 1e-6 * other
     assert 1 <= compiled.summary["compilations"] <= 4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_resume_with_generated_code_is_exact(tiny):
+    assert tiny.call(*SETS).returncode == 0
+    whole = tiny.newest()
+    cut = tiny.call(*SETS, "--stop-after", "2")
+    assert cut.returncode == 0, cut.stderr
+    resumed = tiny.call(*SETS, "--resume", "latest")
+    assert resumed.returncode == 0, resumed.stderr
+    assert tiny.newest().folder != whole.folder
+    equal_tensors(tiny.newest().tensors(), whole.tensors())
 
 
 def test_without_a_compiler_the_run_ends_before_it_begins(tiny):

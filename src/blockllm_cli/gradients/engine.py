@@ -3,8 +3,8 @@
 A parameter is fed in one of two ways. Usually by a hook that fires when autograd has finished its gradient; it hands
 the gradient to the routes and drops it from the parameter at once, so that in eager mode one gradient is in flight at a
 time. If all routes of a linear layer's weight want some rows only, the layer itself makes the product of these rows and
-hands it to them. Parameters without a route have `requires_grad` off for the duration of the pass, so autograd makes no
-product for them and saves no input of theirs.
+hands it to them; a compiled layer (`model.compiled`) feeds all of its weights so. Parameters without a route have
+`requires_grad` off for the duration of the pass, so autograd makes no product for them and saves no input of theirs.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from blockllm_cli.model.linears import Feed, Linear, SelfFeeding, hand_over
 from blockllm_cli.model.operators import Part, attend_blocked, project, register_taker
 from blockllm_cli.model.rotary import Turn
 
+
 @dataclass(frozen=True)
 class Compilation:
     """One graph that was compiled.
@@ -123,7 +124,7 @@ class LayerCompiler:
         from torch._dynamo.backends.registry import lookup_backend
 
         started = time.perf_counter()
-        compiled: Callable[..., Any] = lookup_backend(self._backend)(graph, inputs)
+        compiled: Callable[..., Any] = lookup_backend(self._backend)(graph, list(inputs))
         self._seconds = time.perf_counter() - started
         self._count += 1
         return compiled
@@ -282,8 +283,8 @@ def _compile_error(error: Exception) -> RecipeError:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return RecipeError(
         f'run.compile = "layer": torch.compile fails on this machine: {lines[0] if lines else repr(error)}. Set '
-        'run.compile = "off"; or give it what it needs: a C++ compiler for the CPU (g++ or clang++ on PATH, or named by '
-        "CXX), Triton for a GPU"
+        'run.compile = "off"; or give it what it needs: a C++ compiler for the CPU (g++ or clang++ on PATH, or the one '
+        "that CXX names), Triton for a GPU"
     )
 
 
@@ -313,8 +314,8 @@ def _layer(
     """
     query_weight, key_weight, value_weight, output_weight, gate_weight, up_weight, down_weight = matrices
     heads = (*x.shape[:-1], -1, head_dim)
-    normed = rms_norm(x, norms[0], eps)
-    query, key, value = project(normed, [query_weight, key_weight, value_weight], orders, Part.QUERY_KEY_VALUE.value, feeds)
+    weights = [query_weight, key_weight, value_weight]
+    query, key, value = project(rms_norm(x, norms[0], eps), weights, orders, Part.QUERY_KEY_VALUE.value, feeds)
     query, key, value = _turned(query.view(heads), turn), _turned(key.view(heads), turn), value.view(heads)
     value = value.transpose(1, 2)
     if is_blocked(query):
@@ -328,7 +329,8 @@ def _layer(
     x = x + output
     gate, up = project(rms_norm(x, norms[1], eps), [gate_weight, up_weight], orders, Part.GATE_UP.value, feeds)
     (down,) = project(gated_silu(gate, up), [down_weight], orders, Part.DOWN.value, feeds)
-    return x + down
+    total: Tensor = x + down
+    return total
 
 
 def _turned(x: Tensor, turn: Turn) -> Tensor:

@@ -42,7 +42,7 @@ class SelfFeeding(nn.Module):
         feeds_rows: whether it can make some rows of the gradient alone, and so feeds where no more is wanted.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     feeds: tuple[Feed, ...] = ()
     feeds_all: bool = False
     feeds_rows: bool = False

@@ -6,7 +6,7 @@ weight, and makes no product that nobody takes. Nothing of that is visible to th
 the compiler start again.
 
 An operator's arguments are tensors and numbers. What a layer wants to be done is therefore a tensor, its *orders*:
-int64 (2,) on the CPU, the number of a `Taker`, and bits that say which input gradients are wanted (`WANTED`).
+int64 (2,) on the CPU, the number of a `Taker`, and bits that say of which parts the input's gradient is wanted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from blockllm_cli.model.linears import times
 
 
 class Part(IntEnum):
-    """The operators of a layer, in the order of the forward pass; bit `1 << part` of a layer's orders is of its input."""
+    """The operators of a layer, in the order of the forward pass; bit `part` of a layer's orders is of its input."""
 
     QUERY_KEY_VALUE = 0
     ATTENTION = 1
@@ -58,7 +58,7 @@ def register_taker(taker: Taker) -> int:
 
 @torch.library.custom_op("blockllm::project", mutates_args=())
 def project(x: Tensor, weights: list[Tensor], orders: Tensor, part: int, feeds: bool) -> list[Tensor]:
-    """x W^T for each of `weights`.
+    """The product x W^T for each of `weights`.
 
     Args:
         x: (B, L, in).
@@ -116,7 +116,10 @@ def attend_blocked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     """`blocked_attention`, whose backward pass makes nothing if nothing is wanted of it.
 
     Args:
-        query: as there, like `key`, `value` and `mask`.
+        query: as there.
+        key: as there.
+        value: as there.
+        mask: as there.
         orders: see the module.
     """
     return blocked_attention(query, key, value, mask)

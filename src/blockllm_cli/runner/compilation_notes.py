@@ -8,8 +8,11 @@ from typing import Any
 
 from blockllm_cli.model.compiled import LayerCompiler
 
-
-_KINDS = {(True, True): "", (True, False): ", frozen above trained ones,", (False, False): ", frozen below trained ones,"}
+_KINDS = {
+    (True, True): "",
+    (True, False): ", frozen above trained ones,",
+    (False, False): ", frozen below trained ones,",
+}
 
 
 class CompilationNotes:

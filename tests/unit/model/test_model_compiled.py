@@ -1,5 +1,6 @@
 """Compiled layers: the numbers of plain ones, few compilations, no product that nobody takes."""
 
+import weakref
 from itertools import product
 
 import numpy as np
@@ -240,9 +241,27 @@ def kept_bytes(model, names):
         return sum(kept.values())
 
 
+class Watching(Dense):
+    """Remembers whether any gradient shown before is still alive when this one comes."""
+
+    seen = None
+
+    def accept(self, gradient):
+        self.alive = sum(reference() is not None for reference in self.seen)
+        self.seen.append(weakref.ref(gradient))
+
+
+def test_one_gradient_of_a_matrix_is_in_flight_at_a_time(shared, monkeypatch):
+    monkeypatch.setattr(Watching, "seen", [])
+    routes = {layer + name: Watching() for layer in LAYERS for name in MATRICES}
+    run(shared[1], routes)
+    assert len(Watching.seen) == len(routes)
+    assert {route.alive for route in routes.values()} == {0}
+
+
 @pytest.mark.parametrize(("trained", "most"), [(LAYERS, 1.001), (LAYERS[:1], 1.001), (LAYERS[1:], 1.001), ([], 0.0)])
 def test_no_more_is_kept_for_the_backward_pass_than_by_plain_layers(shared, trained, most):
-    """Not the inputs of matrices either, where layers are frozen above trained ones; but each layer's orders, 16 bytes."""
+    """No inputs of matrices, where layers are frozen above trained ones; the orders of each layer are 16 bytes."""
     names = [layer + one for layer in trained for one in MATRICES + NORMS]
     plain, model, _ = shared
     assert kept_bytes(model, names) <= most * kept_bytes(plain, names)

@@ -3,11 +3,11 @@
 from functools import partialmethod
 
 import pytest
-from support.tiny import equal_tensors
 
 from blockllm_cli.errors import RecipeError
 from blockllm_cli.model.llama import LlamaForCausalLM
 from blockllm_cli.runner import pretrain
+from support.tiny import equal_tensors
 
 LAYER = "run.compile=layer"
 SHORT = ("schedule.steps=8", "schedule.warmup=2", "evaluate.every=4", "evaluate.tokens=200")
@@ -73,4 +73,3 @@ def test_a_missing_compiler_ends_the_run_before_it_begins(tiny, monkeypatch):
     with pytest.raises(RecipeError, match="no compiler"):
         tiny.run(*SHORT, LAYER)
     assert not (tiny.folder / "runs").exists()
-
