@@ -3,8 +3,8 @@
 A parameter is fed in one of two ways. Usually by a hook that fires when autograd has finished its gradient; it hands
 the gradient to the routes and drops it from the parameter at once, so that in eager mode one gradient is in flight at a
 time. If all routes of a linear layer's weight want some rows only, the layer itself makes the product of these rows and
-hands it to them. Parameters without a route have `requires_grad` off for the duration of the pass, so autograd makes no
-product for them and saves no input of theirs.
+hands it to them; a compiled layer (`model.compiled`) feeds all of its weights so. Parameters without a route have
+`requires_grad` off for the duration of the pass, so autograd makes no product for them and saves no input of theirs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from blockllm_cli.gradients.routes import Route
-from blockllm_cli.model.linears import Feed, Linear, Wanted
+from blockllm_cli.model.linears import Feed, SelfFeeding, Wanted
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def routed(
     own_layers = _layers(model) if feeding == "auto" else {}
     before = {name: parameter.requires_grad for name, parameter in parameters.items()}
     handles: list[RemovableHandle] = []
-    layers: list[Linear] = []
+    layers: list[SelfFeeding] = []
     try:
         for name, parameter in parameters.items():
             mine = by_parameter.get(name, [])
@@ -55,7 +55,8 @@ def routed(
             parameter.requires_grad_(bool(mine))
             if not mine:
                 continue
-            layer, feeds = own_layers.get(parameter), _feeds(mine)
+            layer = own_layers.get(parameter)
+            feeds = () if layer is None else _feeds(mine, layer)
             if layer is not None and feeds:
                 layer.feeds = feeds
                 layers.append(layer)
@@ -100,11 +101,13 @@ def _check(name: str, rows: int, routes: Sequence[Route]) -> None:
         raise ValueError(f"two routes of {name} want the same rows of its gradient for themselves")
 
 
-def _layers(model: nn.Module) -> dict[Tensor, Linear]:
-    """The layer of each weight that belongs to a `Linear` and to no other module."""
+def _layers(model: nn.Module) -> dict[Tensor, SelfFeeding]:
+    """The layer of each weight that belongs to a `SelfFeeding` module and to no other."""
     uses = Counter[Tensor](parameter for module in model.modules() for parameter in module.parameters(recurse=False))
     return {
-        module.weight: module for module in model.modules() if isinstance(module, Linear) and uses[module.weight] == 1
+        module.weight: module
+        for module in model.modules()
+        if isinstance(module, SelfFeeding) and uses[module.weight] == 1
     }
 
 
@@ -123,14 +126,29 @@ class _SharedRows:
             route.accept_rows(rows)
 
 
-def _feeds(routes: Sequence[Route]) -> tuple[Feed, ...]:
-    """What a layer feeds instead of `routes`; nothing if one of these wants the whole gradient."""
+class _Whole:
+    """A feed for routes of which one wants the whole gradient: all are served from one product."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._routes = routes
+
+    def wanted_rows(self) -> None:
+        return
+
+    def accept_rows(self, rows: Tensor) -> None:
+        for route in self._routes:
+            route.accept(rows)
+
+
+def _feeds(routes: Sequence[Route], layer: SelfFeeding) -> tuple[Feed, ...]:
+    """What `layer` feeds instead of `routes`; nothing if these are better served by a hook."""
+    if not layer.feeds_rows or any(route.wanted_rows() is None for route in routes):
+        return (_Whole(routes),) if layer.feeds_all else ()
     feeds: list[Feed] = []
     shared: dict[tuple[int, int], _SharedRows] = {}
     for route in routes:
         wanted = route.wanted_rows()
-        if wanted is None:
-            return ()
+        assert wanted is not None
         if not isinstance(wanted, slice):
             feeds.append(route)
             continue

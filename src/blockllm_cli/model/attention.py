@@ -52,8 +52,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
         value: (B, G, L, K).
         mask: what `attention_mask` makes; None where every row is one document.
     """
-    length = query.shape[2]
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and length <= _LONGEST_ROW:
+    if is_blocked(query):
         mixed: Tensor = applied(_BlockedAttention, query, key, value, mask)
     else:
         is_grouped = query.shape[1] != key.shape[1]
@@ -63,48 +62,68 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     return mixed.transpose(1, 2).flatten(2)
 
 
-class _BlockedAttention(torch.autograd.Function):
-    """Attention a few heads at a time, with plain batched products and an fp32 softmax that stays in the cache.
+def is_blocked(query: Tensor) -> bool:
+    """Whether `blocked_attention` is the faster one for `query` (B, H, L, K)."""
+    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[2] <= _LONGEST_ROW
 
-    Keeps queries, keys and values for the backward pass and makes the scores again there.
-    """
+
+class _BlockedAttention(torch.autograd.Function):
+    """`blocked_attention`; keeps queries, keys and values for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         mask = _causal_mask(query) if mask is None else mask
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         ctx.save_for_backward(query, key, value, mask)
-        mixed = torch.empty_like(query)
-        queries, mixed_heads = _by_key_head(query, key), _by_key_head(mixed, key)
-        keys, values = key.flatten(0, 1), value.flatten(0, 1)
-        for heads, rows in _blocks(query, key):
-            weights = _weights(queries[heads], keys[heads], mask[rows])
-            torch.bmm(weights.to(query.dtype), values[heads], out=mixed_heads[heads])
-        return mixed
+        return blocked_attention(query, key, value, mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
-        made = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
-        queries, keys, values = _by_key_head(query, key), key.flatten(0, 1), value.flatten(0, 1)
-        query_gradient, key_gradient, value_gradient = (
-            _by_key_head(made[0], key),
-            made[1].flatten(0, 1),
-            made[2].flatten(0, 1),
-        )
-        gradients = _by_key_head(gradient.contiguous(), key)
-        scale = query.shape[-1] ** -0.5
-        for heads, rows in _blocks(query, key):
-            weights = _weights(queries[heads], keys[heads], mask[rows])
-            torch.bmm(weights.to(query.dtype).transpose(1, 2), gradients[heads], out=value_gradient[heads])
-            # Softmax backward: weights * (g - sum(weights * g)), g being the gradient of the weights.
-            change = torch.bmm(gradients[heads], values[heads].transpose(1, 2)).float()
-            change.sub_((change * weights).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
-            narrow = change.to(query.dtype)
-            torch.bmm(narrow, keys[heads], out=query_gradient[heads])
-            torch.bmm(narrow.transpose(1, 2), queries[heads], out=key_gradient[heads])
-        return (*made, None)
+        return *blocked_attention_backward(gradient, *ctx.saved_tensors), None
+
+
+def blocked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention a few heads at a time, with plain batched products and an fp32 softmax that stays in the cache.
+
+    Arguments and result, (B, H, L, K), as in `attend`; autograd is not to look on.
+    """
+    mask = _causal_mask(query) if mask is None else mask
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    mixed = torch.empty_like(query)
+    queries, mixed_heads = _by_key_head(query, key), _by_key_head(mixed, key)
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    for heads, rows in _blocks(query, key):
+        weights = _weights(queries[heads], keys[heads], mask[rows])
+        torch.bmm(weights.to(query.dtype), values[heads], out=mixed_heads[heads])
+    return mixed
+
+
+def blocked_attention_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `query`, `key` and `value`, given that of the result; the scores are made again."""
+    mask = _causal_mask(query) if mask is None else mask
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    made = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    queries, keys, values = _by_key_head(query, key), key.flatten(0, 1), value.flatten(0, 1)
+    query_gradient, key_gradient, value_gradient = (
+        _by_key_head(made[0], key),
+        made[1].flatten(0, 1),
+        made[2].flatten(0, 1),
+    )
+    gradients = _by_key_head(gradient.contiguous(), key)
+    scale = query.shape[-1] ** -0.5
+    for heads, rows in _blocks(query, key):
+        weights = _weights(queries[heads], keys[heads], mask[rows])
+        torch.bmm(weights.to(query.dtype).transpose(1, 2), gradients[heads], out=value_gradient[heads])
+        # Softmax backward: weights * (g - sum(weights * g)), g being the gradient of the weights.
+        change = torch.bmm(gradients[heads], values[heads].transpose(1, 2)).float()
+        change.sub_((change * weights).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
+        narrow = change.to(query.dtype)
+        torch.bmm(narrow, keys[heads], out=query_gradient[heads])
+        torch.bmm(narrow.transpose(1, 2), queries[heads], out=key_gradient[heads])
+    return made
 
 
 def _causal_mask(query: Tensor) -> Tensor:

@@ -16,15 +16,16 @@ from torch.utils.checkpoint import checkpoint
 
 from blockllm_cli.model.attention import attend, attention_mask
 from blockllm_cli.model.batch import Batch
+from blockllm_cli.model.compiled import CompiledLayer, LayerCompiler
 from blockllm_cli.model.config import LlamaConfig
 from blockllm_cli.model.elementwise import gated_silu, rms_norm
-from blockllm_cli.model.linears import Linear
+from blockllm_cli.model.linears import Linear, SelfFeeding, fed
 from blockllm_cli.model.loss import chunked_nll, token_nll
 from blockllm_cli.model.roles import role_of
 from blockllm_cli.model.rotary import Rotary, Turn, turned
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(SelfFeeding):
     """Root mean square normalisation of the last dimension; see `rms_norm`."""
 
     def __init__(self, size: int, eps: float) -> None:
@@ -34,7 +35,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of `x` (any dtype)."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, fed(self.weight, self.feeds), self.eps)
 
 
 class Attention(nn.Module):
@@ -84,9 +85,31 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.compiled: CompiledLayer | None = None
+
+    def compile_with(self, compiler: LayerCompiler) -> None:
+        """Run by `compiler`'s function where that can be; names and values of parameters stay as they are."""
+        attention, mlp = self.self_attn, self.mlp
+        self.compiled = CompiledLayer(
+            (self.input_layernorm, self.post_attention_layernorm),
+            (
+                attention.q_proj,
+                attention.k_proj,
+                attention.v_proj,
+                attention.o_proj,
+                mlp.gate_proj,
+                mlp.up_proj,
+                mlp.down_proj,
+            ),
+            head_dim=attention.head_dim,
+            eps=self.input_layernorm.eps,
+            compiler=compiler,
+        )
 
     def forward(self, x: Tensor, turn: Turn, mask: Tensor | None) -> Tensor:
         """Add this layer's two terms to the residual stream `x` (B, L, D)."""
+        if self.compiled is not None and (output := self.compiled.call(x, turn, mask)) is not None:
+            return output
         x = x + self.self_attn(self.input_layernorm(x), turn, mask)
         return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))
 
@@ -145,6 +168,17 @@ class LlamaForCausalLM(nn.Module):
         """Logits (B, L, V) of every position; `loss` and `row_nll` do without them."""
         hidden = cast(Tensor, self.model(input_ids, documents))
         return F.linear(hidden, self.head_weight) if self.lm_head is None else cast(Tensor, self.lm_head(hidden))
+
+    def compile_layers(self, backend: str = "inductor") -> LayerCompiler:
+        """Let passes whose gradients go to routes run compiled layers from now on; the compiler counts its work.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        compiler = LayerCompiler(backend)
+        for layer in self.model.layers:
+            cast(DecoderLayer, layer).compile_with(compiler)
+        return compiler
 
     def loss(self, batch: Batch, *, scale: float) -> tuple[Tensor, Tensor]:
         """`scale` times the negative log likelihood of the batch's targets, and its sum; see `chunked_nll`."""

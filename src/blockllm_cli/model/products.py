@@ -37,6 +37,11 @@ def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor
     return multiplied
 
 
+def has_own_product(like: Tensor) -> bool:
+    """Whether `product` may do better than `left @ right` for the dtype and on the device of `like`."""
+    return _is_served(like)
+
+
 def takes_out(like: Tensor) -> bool:
     """Whether `product` makes use of `out` for large matrices of the dtype and on the device of `like`."""
     return not _is_served(like)

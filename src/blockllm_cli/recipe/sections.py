@@ -50,6 +50,9 @@ class Run(Section):
         "auto", description="types of weights, products, accumulators and moments; auto takes what is faster here"
     )
     rounding: Literal["nearest", "stochastic"] = Field("nearest", description="rounding of bf16 writes of an update")
+    compile: Literal["off", "layer"] = Field(
+        "off", description="whether decoder layers are trained as one compiled function, by torch.compile"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; absent: one per physical core")
     deterministic: bool | None = Field(
         None, description="deterministic kernels, on which a bit-exact resume rests; absent: true on CPU only"

@@ -14,8 +14,10 @@ from blockllm_cli import metrics
 from blockllm_cli.data.stream import RowStream
 from blockllm_cli.errors import DivergedError, InputError, InterruptedRunError, StopRequested, StorageError
 from blockllm_cli.memory.measure import MemoryMeter, process_memory
+from blockllm_cli.model.compiled import LayerCompiler
 from blockllm_cli.recipe.sections import Recipe
 from blockllm_cli.recipe.steps import total_steps
+from blockllm_cli.runner.compilation_notes import CompilationNotes
 from blockllm_cli.runner.data_wait import DataWait
 from blockllm_cli.runner.inputs import Inputs
 from blockllm_cli.runner.watchdog import Watchdog
@@ -90,6 +92,7 @@ class Loop:
         observed: Observed,
         inputs: Inputs,
         tracker: Tracker,
+        compiler: LayerCompiler | None,
     ) -> None:
         self.trainer = trainer
         self.evaluator = evaluator
@@ -107,6 +110,7 @@ class Loop:
         self._stop_after = stop_after
         self._inputs = inputs
         self._tracker = tracker
+        self._compilations = CompilationNotes(compiler) if compiler is not None else None
         self._steps = total_steps(recipe)
         self._started = time.perf_counter()
         self._window = _Window()
@@ -115,6 +119,11 @@ class Loop:
         self._events = JsonLines(folder.path / EVENTS)
         self._rows = JsonLines(folder.path / ROWS) if recipe.tracking.log_rows else None
         self._validation_counts = np.bincount(evaluator.rows.target_ids(), minlength=len(trainer.state.unigram_counts))
+
+    @property
+    def compilations(self) -> int | None:
+        """Graphs that this process compiled; None where `run.compile` is off."""
+        return None if self._compilations is None else self._compilations.count
 
     @property
     def step(self) -> int:
@@ -181,6 +190,7 @@ class Loop:
     def _observe(self, report: StepReport) -> None:
         self._count(report)
         self._note_network()
+        self._note_compilations(report.step)
         for event in report.events:
             self._events.append({"step": report.step, **event})
             if event["kind"] in ("bad_document", "skip", "exhausted"):
@@ -205,6 +215,13 @@ class Loop:
     def _note_network(self) -> None:
         for event in self._watchdog.events():
             self._events.append({"step": self.step, **event})
+
+    def _note_compilations(self, step: int) -> None:
+        if self._compilations is None:
+            return
+        for event, words, is_warning in self._compilations.news():
+            self._events.append({"step": step, **event})
+            (self._terminal.warn if is_warning else self._terminal.say)(f"update {step}: {words}")
 
     def _end_late(self) -> None:
         """Close a run that was cut after its last update, before it could know that the data had ended."""

@@ -16,6 +16,7 @@ from blockllm_cli.memory.measure import MemoryMeter
 from blockllm_cli.memory.plan import Plan, plan_run
 from blockllm_cli.methods.base import Method
 from blockllm_cli.methods.resolve import Resolved, resolve_recipe
+from blockllm_cli.model.compiled import LayerCompiler, check_compiler
 from blockllm_cli.model.llama import LlamaForCausalLM
 from blockllm_cli.model.weights import load_weights
 from blockllm_cli.optim.triton_adam import why_no_triton
@@ -88,6 +89,9 @@ def pretrain(request: PretrainRequest, terminal: Terminal) -> Path:
         if folder is not None:
             stack.enter_context(folder.locked())
         watchdog = Watchdog(stop, terminal.say, resolved.recipe.data.retry_seconds)
+        if resolved.recipe.run.compile == "layer":
+            with terminal.progress("trying the compiler"):
+                check_compiler(machine.device)
         try:
             inputs = prepare_inputs(resolved, folder, terminal, watchdog)
             is_new = folder is None or not steps_on_disk(folder.checkpoints)
@@ -267,6 +271,7 @@ class _Run:
     def _trainer(self, checkpoint: Checkpoint | None, stream: RowStream) -> Trainer:
         model = self._model(checkpoint)
         self.method.prepare(model)
+        self.compiler: LayerCompiler | None = model.compile_layers() if self.recipe.run.compile == "layer" else None
         state = self._train_state(checkpoint, stream)
         if checkpoint is not None:
             self.method.load_state_dict(checkpoint.method())
@@ -318,6 +323,7 @@ class _Run:
             observed=Observed.restore(checkpoint.state["observed"]) if checkpoint else Observed(),
             inputs=self.inputs,
             tracker=tracker,
+            compiler=self.compiler,
         )
 
     def _model(self, checkpoint: Checkpoint | None) -> LlamaForCausalLM:

@@ -25,7 +25,7 @@ _FREE = (
     "data.retry_seconds",
 )
 # These keep the mathematics and end the promise of equal bits.
-_ROUNDING = ("batch.micro_rows", "run.threads", "run.device")
+_ROUNDING = ("batch.micro_rows", "run.threads", "run.device", "run.compile")
 
 
 def folder_to_resume(where: str, loaded: LoadedRecipe | None) -> RunFolder:

@@ -86,6 +86,7 @@ def _numbers(outcome: Outcome) -> dict[str, Any]:
         "best_step": observed.best_step if observed else None,
         "skipped_updates": observed.skipped if observed else 0,
         "tokens_per_second": loop.process_targets / sum(seconds) if loop and seconds else None,
+        "compilations": loop.compilations if loop else None,
         "step_seconds_median": statistics.median(seconds) if seconds else None,
     }
 
