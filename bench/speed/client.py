@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -48,9 +49,10 @@ class Worker:
         command: what to run.
         spec: its first line.
         threads: of torch and of what lies below it.
+        cache: folder of what torch compiles.
     """
 
-    def __init__(self, command: Sequence[str], spec: Mapping[str, Any], threads: int) -> None:
+    def __init__(self, command: Sequence[str], spec: Mapping[str, Any], threads: int, cache: Path) -> None:
         # OMP_NUM_THREADS is read when torch is loaded, so every process is told alike, before that.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -58,6 +60,7 @@ class Worker:
             "MKL_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "TORCHINDUCTOR_CACHE_DIR": str(cache),  # what is compiled once need not be again in the next sitting
         }
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         self._process = subprocess.Popen(
@@ -91,7 +94,8 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        if self._process.stdin is not None and self._process.poll() is None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended by itself
             self._process.stdin.close()
         try:
             self._process.wait(timeout=10)

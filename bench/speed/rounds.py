@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from speed.cases import Case, Contestant
 from speed.client import PeerAbsentError, Worker, WorkerFailedError, python_of
 from speed.results import CaseResult, Outcome
 
+CORES = os.cpu_count() or 1
 Start = Callable[[Contestant], Worker]
 
 
@@ -18,7 +21,12 @@ def starter(environments: Path, threads: int) -> Start:
 
     def start(contestant: Contestant) -> Worker:
         python = python_of(contestant.peer, environments)
-        return Worker([str(python), "-m", f"speed.workers.{contestant.worker}"], contestant.spec, threads)
+        return Worker(
+            [str(python), "-m", f"speed.workers.{contestant.worker}"],
+            contestant.spec,
+            threads,
+            environments / "compiled",
+        )
 
     return start
 
@@ -38,8 +46,9 @@ def run_case(case: Case, seconds: float, start: Start) -> CaseResult:
             except WorkerFailedError as error:
                 outcome.state, outcome.reason = "failed", str(error)
         _each(workers, outcomes, _await_ready)
-        for _ in range(case.warm_up):
-            _each(workers, outcomes, lambda worker, _: worker.repeat())
+        for number in range(case.warm_up):
+            # The first is where things are compiled: as many at a time as there are cores, since nothing is timed.
+            _each(workers, outcomes, lambda worker, _: worker.repeat(), at_a_time=CORES if number == 0 else 1)
         fewest, most = case.rounds
         for made in range(most):
             if made >= fewest and time.monotonic() > end:
@@ -52,16 +61,24 @@ def run_case(case: Case, seconds: float, start: Start) -> CaseResult:
 
 
 def _each(
-    workers: dict[str, Worker], outcomes: Mapping[str, Outcome], act: Callable[[Worker, Outcome], object]
+    workers: dict[str, Worker],
+    outcomes: Mapping[str, Outcome],
+    act: Callable[[Worker, Outcome], object],
+    at_a_time: int = 1,
 ) -> None:
     """Let every worker act once; one that fails is closed and has no further turns."""
-    for label, worker in list(workers.items()):
-        outcome = outcomes[label]
+
+    def turn(label: str) -> None:
         try:
-            act(worker, outcome)
+            act(workers[label], outcomes[label])
         except WorkerFailedError as error:
-            outcome.state, outcome.reason = "failed", str(error)
-            workers.pop(label).close()
+            outcomes[label].state, outcomes[label].reason = "failed", str(error)
+            workers[label].close()
+
+    with ThreadPoolExecutor(at_a_time) as pool:
+        list(pool.map(turn, list(workers)))
+    for label in [label for label in workers if outcomes[label].state == "failed"]:
+        del workers[label]
 
 
 def _await_ready(worker: Worker, outcome: Outcome) -> None:

@@ -38,7 +38,16 @@ DEFAULT_PEERS = {
     ("litgpt", "fp32", True),
     ("litgpt", "bf16", True),
 }
-"""Loop, precision and whether it is compiled, of those that run without --all."""
+"""Loop, precision and whether it is compiled, of those that run without --all at the first batch of `GRID`."""
+
+FAST_PEERS = {
+    ("plain torch", "fp32", True),
+    ("plain torch", "bf16", True),
+    ("transformers", "bf16", False),
+    ("transformers", "bf16", True),
+    ("litgpt", "bf16", True),
+}
+"""Those of them that run at larger batches too, where each takes long."""
 
 
 def cases() -> list[Case]:
@@ -52,6 +61,7 @@ def _case(size: str, rows: int, length: int) -> Case:
         Contestant(label, OURS, "ours", {**spec, "method": "adamw", **different}, kind)
         for label, (kind, different) in OUR_VARIANTS.items()
     )
+    defaults = DEFAULT_PEERS if (rows, length) == GRID[0] else FAST_PEERS
     peers = tuple(
         Contestant(
             f"{loop}, {precision}{', compiled' if is_compiled else ''}",
@@ -59,7 +69,7 @@ def _case(size: str, rows: int, length: int) -> Case:
             worker,
             {**spec, "precision": precision, "compile": is_compiled},
             kind,
-            (loop, precision, is_compiled) in DEFAULT_PEERS,
+            (loop, precision, is_compiled) in defaults,
         )
         for loop, (peer, worker) in LOOPS.items()
         for precision, kind in PRECISIONS.items()
