@@ -5,6 +5,7 @@ as soon as it is done, and printed. Sections of an earlier sitting that were not
 
     python bench/run.py --only dense blockllm --minutes 10
     python bench/run.py --only dense --case "60m, 4 x 256" --all --name epyc
+    python bench/run.py --show                    # what is stored
     python bench/run.py --page                    # the tables of docs/performance.md, from the results
 """
 
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,8 @@ import psutil
 from speed import machine, page
 from speed.cases import Case, Choice, Section
 from speed.client import BENCH
-from speed.results import FOLDER, SectionResult, path_of, store
+from speed.figures import Clock
+from speed.results import FOLDER, SectionResult, load, path_of, store
 from speed.rounds import Start, run_case, starter
 from speed.sections import SECTIONS
 
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.page or options.check:
         return page.write(options.pages, options.results, check=options.check)
+    if options.show:
+        return show(path_of(options.name, options.results), options.only or SECTIONS, options.clock)
     choice = Choice(options.all, options.data)
     start = starter(options.peers.absolute(), options.threads)
     chosen = [SECTIONS[name] for name in SECTIONS if name in (options.only or SECTIONS)]
@@ -54,6 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def show(path: Path, names: Iterable[str], clock: Clock) -> int:
+    """Print the tables of stored results; 1 if there are none."""
+    found = load(path).sections if path.exists() else {}
+    for name in SECTIONS:
+        if name in names and name in found:
+            print(f"\n## {name}: {SECTIONS[name].title}\n\n{SECTIONS[name].table(found[name], clock)}")
+            print(f"\n{page.source_of(found[name])}")
+    return 0 if found else 1
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
@@ -65,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="folder with C4-shaped shards, for the section `data`")
     parser.add_argument("--name", default="local", help="of the results (local, which git ignores)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="seconds that are printed")
+    parser.add_argument("--show", action="store_true", help="measure nothing: print what is stored under --name")
     parser.add_argument("--page", action="store_true", help="measure nothing: write the tables of the pages")
     parser.add_argument("--check", action="store_true", help="as --page, but write nothing: 1 if a page is old")
     parser.add_argument("--pages", type=Path, nargs="+", default=page.PAGES, help="Markdown files with markers")
@@ -98,11 +113,12 @@ def measure(
 
 def _cases(section: Section, choice: Choice, only_case: str | None) -> list[Case]:
     """The cases that were asked for, with the contestants that were asked for."""
-    return [
+    chosen = (
         replace(case, contestants=tuple(each for each in case.contestants if each.is_default or choice.everything))
         for case in section.cases()
         if only_case is None or only_case in case.name
-    ]
+    )
+    return [case for case in chosen if case.contestants]
 
 
 def _weight(section: Section, choice: Choice, only_case: str | None) -> float:

@@ -19,8 +19,8 @@ from typing import Any
 from speed.cases import OURS, Case, Contestant, Section
 from speed.figures import Clock
 from speed.markdown import joined, missing, table
+from speed.models import CAN_COMPILE, shape_of
 from speed.results import CaseResult, Outcome, SectionResult
-from speed.shapes import shape_of
 
 SHAPE = shape_of("60m", vocab_size=4096)
 LAYERS = SHAPE["num_hidden_layers"]
@@ -48,18 +48,22 @@ ENLARGED: dict[str, dict[str, Any]] = {
 
 
 def cases() -> list[Case]:
-    """One for each precision."""
-    return [_case(precision) for precision in ("fp32", "bf16")]
+    """One for each precision; with --all also those of compiled layers."""
+    plain = [_case(precision) for precision in ("fp32", "bf16")]
+    return plain + ([_case(precision, is_compiled=True) for precision in ("fp32", "bf16")] if CAN_COMPILE else [])
 
 
-def _case(precision: str) -> Case:
-    spec = {"shape": SHAPE, "rows": ROWS, "length": LENGTH, "precision": precision}
+def _case(precision: str, *, is_compiled: bool = False) -> Case:
+    spec = {"shape": SHAPE, "rows": ROWS, "length": LENGTH, "precision": precision, "compile": is_compiled}
+
+    def contestant(label: str, worker: str, **more: Any) -> Contestant:
+        return Contestant(label, OURS, worker, {**spec, **more}, precision, not is_compiled)
 
     def ours(label: str, method: str, options: dict[str, Any]) -> Contestant:
-        return Contestant(label, OURS, "ours", {**spec, "method": method, "options": options}, precision)
+        return contestant(label, "ours", method=method, options=options)
 
     contestants = (
-        Contestant("plain loop", OURS, "ours_plain_loop", spec, precision),
+        contestant("plain loop", "ours_plain_loop"),
         ours("adamw", "adamw", {}),
         ours("frozen", "frozen", {}),
         # No selection comes by itself while this lasts, and the blocks of every update are those of the first.
@@ -68,7 +72,8 @@ def _case(precision: str) -> Case:
             for label, options in (VARIANTS | ENLARGED).items()
         ),
     )
-    return Case(precision, contestants, ROWS * LENGTH, "tokens", 2.0, WARM_UP, (5, 200))
+    name = f"{precision}, compiled" if is_compiled else precision
+    return Case(name, contestants, ROWS * LENGTH, "tokens", 2.0, WARM_UP, (5, 200))
 
 
 def probe_every(label: str) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from speed.cases import OURS, Case, Contestant, Section
 from speed.figures import Clock
 from speed.markdown import joined
+from speed.models import shape_of
 from speed.results import SectionResult
 from speed.sections import simple
-from speed.shapes import shape_of
 
 
 def cases() -> list[Case]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from speed.cases import OURS, Case, Contestant, Section
+from speed.models import shape_of
 from speed.sections import simple
-from speed.shapes import shape_of
 
 ROWS, LENGTH = 8, 256
 

@@ -3,7 +3,8 @@
 Whole blocks are adamw on all of 60m. For gathered entries the model has a small vocabulary, so that what is always
 trained whole does not cover what is meant, and enough updates are made before that every selected block has its mask.
 The bytes of an update are the least that it has to move, an index included, but not the whole cache lines that
-scattered entries touch.
+scattered entries touch. A copy fetches the lines that it overwrites, which its bytes do not count; a sum in place,
+like an update, writes only what it has read.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 from speed.cases import OURS, Case, Contestant, Section
 from speed.figures import Clock, Spread
 from speed.markdown import SPREAD_HEADS, joined, measured, missing, spread_cells, table
+from speed.models import parameter_shapes, shape_of
 from speed.results import CaseResult, Outcome, SectionResult
-from speed.shapes import parameter_shapes, shape_of
 
-COPY = "copy of memory"
+COPY, SUM = "copy of memory", "sum in place"
 SHAPE = shape_of("60m")
 FEW_PIECES = 512
-AHEAD = 120
+AHEAD = 10
 """Updates until the masks of all selected blocks are there."""
 
 GATHERED: dict[str, dict[str, Any]] = {
@@ -34,8 +35,9 @@ def cases() -> list[Case]:
     return [_whole(), _gathered()]
 
 
-def _copy() -> Contestant:
-    return Contestant(COPY, "torch", "optimizers", {"optimizer": "copy"})
+def _memory() -> tuple[Contestant, ...]:
+    names = {COPY: "copy", SUM: "sum"}
+    return tuple(Contestant(label, "torch", "optimizers", {"optimizer": name}) for label, name in names.items())
 
 
 def _ours(label: str, precision: str, method: str, options: dict[str, Any], vocab_size: int, ahead: int) -> Contestant:
@@ -66,7 +68,7 @@ def _whole() -> Case:
         ("galore-torch layerwise, fp32", "galore", "galore, layerwise", "fp32"),
     )
     contestants = (
-        _copy(),
+        *_memory(),
         *(
             _ours(f"ours adamw, {precision}", precision, "adamw", {}, SHAPE["vocab_size"], 0)
             for precision in ("fp32", "bf16", "bf16_papers", "bf16_master")
@@ -81,7 +83,7 @@ def _whole() -> Case:
 
 def _gathered() -> Case:
     contestants = (
-        _copy(),
+        *_memory(),
         *(
             _ours(f"{label}, {precision}", precision, "blockllm", {"patience": 10**5, **options}, FEW_PIECES, AHEAD)
             for label, options in GATHERED.items()
@@ -98,7 +100,7 @@ def page(result: SectionResult, clock: Clock = "wall") -> str:
 
 def _page_of(name: str, case: CaseResult, clock: Clock) -> str:
     found = measured(case, clock)
-    bandwidth = _rate("bytes", *found[COPY]) if COPY in found else None
+    ceilings = [_rate("bytes", *found[label]) if label in found else None for label in (COPY, SUM)]
     rows = []
     for label, (outcome, seconds) in found.items():
         entries, moved = _rate("entries", outcome, seconds), _rate("bytes", outcome, seconds)
@@ -108,10 +110,10 @@ def _page_of(name: str, case: CaseResult, clock: Clock) -> str:
                 *spread_cells(seconds),
                 f"{entries / 1e6:,.0f}" if entries else "",
                 f"{moved / 1e9:.1f}" if moved else "",
-                f"{moved / bandwidth:.0%}" if moved and bandwidth else "",
+                *(f"{moved / ceiling:.0%}" if moved and ceiling else "" for ceiling in ceilings),
             ]
         )
-    heads = [name, *SPREAD_HEADS, "million entries/s", "GB/s", "of the copy"]
+    heads = [name, *SPREAD_HEADS, "million entries/s", "GB/s", "of the copy", "of the sum"]
     return joined(table(heads, rows), *missing(case))
 
 

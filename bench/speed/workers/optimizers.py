@@ -1,8 +1,8 @@
-"""Peers: one step of an optimizer on parameters of given shapes with gradients that stay, and a copy of memory.
+"""Peers: one step of an optimizer on parameters of given shapes with gradients that stay, and what memory allows.
 
-`optimizer` in the spec: "copy" (one tensor into another, which is what bandwidth is measured with), "fused" and
-"foreach" (torch's AdamW), "adamw8bit" (torchao), "galore" (one optimizer) and "galore, layerwise" (one for each tensor,
-as the hooks of layer-wise training call them).
+`optimizer` in the spec: "copy" (one tensor into another) and "sum" (one added into another) are what bandwidth is
+measured with; "fused" and "foreach" are torch's AdamW, "adamw8bit" is torchao's, "galore" is one GaLoreAdamW and
+"galore, layerwise" one for each tensor, as the hooks of layer-wise training call them.
 """
 
 from __future__ import annotations
@@ -65,18 +65,20 @@ def step_of(name: str, named: Mapping[str, nn.Parameter]) -> Callable[[], object
     return layerwise
 
 
-def copier() -> tuple[Callable[[], object], int]:
-    """A copy, and the bytes that it reads and writes."""
-    source, target = torch.randn(COPIED), torch.empty(COPIED)
-    return lambda: target.copy_(source), 2 * source.numel() * source.itemsize
+def of_memory(name: str) -> tuple[Callable[[], object], int]:
+    """A copy or a sum in place, and the bytes that it reads and writes."""
+    source, target = torch.randn(COPIED), torch.zeros(COPIED)
+    if name == "copy":
+        return lambda: target.copy_(source), 2 * source.numel() * source.itemsize
+    return lambda: target.add_(source, alpha=1e-3), 3 * source.numel() * source.itemsize
 
 
 def main() -> None:
     """Step until the driver has had enough."""
     requests = Requests()
     name = requests.spec["optimizer"]
-    if name == "copy":
-        step, moved = copier()
+    if name in ("copy", "sum"):
+        step, moved = of_memory(name)
         facts = {"bytes": moved}
     else:
         named = parameters_of(requests.spec)

@@ -21,7 +21,7 @@ from blockllm_cli.optim.precision import Precision, precision_of
 from blockllm_cli.runner.machine import Machine, on_machine
 from blockllm_cli.training.schedule import Schedule
 from blockllm_cli.training.trainer import StepReport, Trainer, TrainerSettings, TrainState
-from speed.shapes import config_of
+from speed.models import config_of
 from speed.workers.protocol import Repeat, Requests, Spec
 
 RATE = 1e-4
@@ -76,7 +76,11 @@ def random_rows(draw: np.random.Generator, count: int, length: int, vocab_size: 
 
 def model_of(spec: Spec) -> LlamaForCausalLM:
     """The model of the spec with fresh weights."""
-    return build_model(config_of(spec["shape"]), seed=0, dtype=precision_of(spec["precision"]).weights)
+    model = build_model(config_of(spec["shape"]), seed=0, dtype=precision_of(spec["precision"]).weights)
+    if spec.get("compile"):
+        able: Any = model
+        able.compile_layers()  # what `run.compile = "layer"` does
+    return model
 
 
 def method_of(spec: Spec, model: LlamaForCausalLM) -> Method:
