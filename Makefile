@@ -72,6 +72,7 @@ tables: $(DEV)  ## Make the tables in docs/: run missing cells, for at most MINU
 docs: $(DEV)  ## Write docs/reference from the code, and the tables from the cells that are there; nothing is run.
 	$(BIN)/python docs/build.py
 	$(BIN)/python bench/tables.py --page-only $(ARGS)
+	$(BIN)/python bench/run.py --page
 
 clean:  ## Remove the environment, caches and build output; runs stay.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

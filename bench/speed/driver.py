@@ -6,7 +6,7 @@ as soon as it is done, and printed. Sections of an earlier sitting that were not
     python bench/run.py --only dense blockllm --minutes 10
     python bench/run.py --only dense --case "60m, 4 x 256" --all --name epyc
     python bench/run.py --show                    # what is stored
-    python bench/run.py --page                    # the tables of docs/performance.md, from the results
+    python bench/run.py --page                    # the tables in docs/, from the results
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from speed.results import FOLDER, SectionResult, load, path_of, store
 from speed.rounds import Start, run_case, starter
 from speed.sections import SECTIONS
 
-MINUTES = 20.0
+MINUTES = 18.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--show", action="store_true", help="measure nothing: print what is stored under --name")
     parser.add_argument("--page", action="store_true", help="measure nothing: write the tables of the pages")
     parser.add_argument("--check", action="store_true", help="as --page, but write nothing: 1 if a page is old")
-    parser.add_argument("--pages", type=Path, nargs="+", default=page.PAGES, help="Markdown files with markers")
+    parser.add_argument("--pages", type=Path, nargs="+", default=page.PAGES, help="Markdown files; all of docs/")
     parser.add_argument("--peers", type=Path, default=BENCH.parent / ".bench", help="folder of the environments")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results")
     return parser

@@ -16,7 +16,7 @@ from pathlib import Path
 from speed.results import SectionResult, load, path_of
 from speed.sections import SECTIONS
 
-PAGES = (Path(__file__).parents[2] / "docs" / "performance.md",)
+PAGES = tuple(sorted((Path(__file__).parents[2] / "docs").glob("*.md")))
 _PLACE = re.compile(r"(<!-- bench ([\w.-]+) ([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 
 
@@ -67,5 +67,6 @@ def source_of(result: SectionResult) -> str:
     return (
         f"{here['processor']}, {result.threads} thread(s) of {here['cores']} core(s), "
         f"{here['memory_bytes'] / 2**30:.0f} GiB, torch {here['torch']} (MKL {here['mkl']}, oneDNN {here['onednn']}), "
-        f"commit {here['commit'][:10]}{changed}, {result.when[:10]}: `python bench/run.py {result.command}`"
+        f"commit {here['commit'][:10]}{changed}, {result.when[:10]}, load before {here.get('load_before')}: "
+        f"`python bench/run.py {result.command}`"
     )

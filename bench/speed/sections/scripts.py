@@ -24,6 +24,6 @@ TRACKING = Section(
     "tracking",
     "what following a run in W&B costs it",
     page,
-    script=lambda _: ["tracking.py", "--minutes", "0.7"],
+    script=lambda _: ["tracking.py", "--minutes", "0.5"],
     weight=1.0,
 )

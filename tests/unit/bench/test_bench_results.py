@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from speed import page
 from speed.cases import OURS
 from speed.figures import fastest_peer, slope, spread
-from speed.results import CaseResult, Outcome, SectionResult, load, store
+from speed.results import FOLDER, CaseResult, Outcome, SectionResult, load, store
 from speed.sections import SECTIONS, blockllm
 
 MACHINE = {
@@ -128,6 +128,10 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path.write_text('{"sections": {"dense": {"threads": 2}}}', encoding="utf-8")
     with pytest.raises(ValidationError, match=r"sections\.dense\.when"):
         load(path)
+
+
+def test_the_pages_of_docs_are_what_the_kept_results_make() -> None:
+    assert page.write(page.PAGES, FOLDER, check=True) == 0
 
 
 def test_pages_get_their_tables_between_markers(tmp_path: Path) -> None:
