@@ -54,8 +54,9 @@ class Worker:
 
     def __init__(self, command: Sequence[str], spec: Mapping[str, Any], threads: int, cache: Path) -> None:
         # OMP_NUM_THREADS is read when torch is loaded, so every process is told alike, before that.
+        inherited = os.environ.get("PYTHONPATH") if command[0] == sys.executable else None  # none into a peer's
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(BENCH), inherited])),
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
