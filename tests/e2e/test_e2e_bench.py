@@ -49,7 +49,7 @@ def test_our_own_workers_measure_a_tiny_model(tmp_path: Path) -> None:
         if outcome.state == "measured":
             assert len(outcome.repeats) == 2, label
             assert all(repeat["wall"] > 0 for repeat in outcome.repeats), label
-    assert result.outcomes["blockllm"].facts["untrained"] == pytest.approx(0.5, abs=0.1)
+    assert result.outcomes["blockllm"].repeats[-1]["untrained"] == pytest.approx(0.5, abs=0.1)
     assert result.outcomes["blockllm"].repeats[-1]["step"] == 6  # two ahead, two to warm up
     # Each entry is read and written with its two fp32 moments in bf16 weights, and its bf16 gradient read.
     last = result.outcomes["update"].repeats[-1]

@@ -95,8 +95,8 @@ def fastest(outcome: Outcome, period: int, clock: Clock = "wall") -> float:
 
 def untrained(outcome: Outcome) -> float | None:
     """The share of the candidates that is not trained, as the newest selection said it; None if there was none."""
-    said = [each["untrained"] for each in (outcome.facts, *outcome.repeats) if "untrained" in each]
-    return float(said[-1]) if said else None
+    share = outcome.repeats[-1].get("untrained")
+    return None if share is None else float(share)
 
 
 def page(result: SectionResult, clock: Clock = "wall") -> str:

@@ -1,7 +1,8 @@
-"""A command from its start to its end, in a process of its own."""
+"""A command, in a process of its own: seconds until it says something or ends, and processor seconds of all of it."""
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import tempfile
 import time
@@ -40,7 +41,10 @@ def main() -> None:
     command, first = requests.spec["command"], requests.spec.get("first")
     requests.ready()
     for repeat in requests.repeats():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         repeat["wall"] = seconds_to(command, first)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        repeat["cpu"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":

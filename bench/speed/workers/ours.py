@@ -120,12 +120,12 @@ def bytes_of_update(method: Method, precision: Precision) -> int:
     return method.trainable_entries * entry + indices
 
 
-def note(repeat: Repeat, report: StepReport) -> None:
-    """Which update it was and, where a selection came, the share of the candidates that is not trained now."""
-    repeat["step"] = report.step
+def note(known: Repeat, report: StepReport) -> None:
+    """Which update it was and, since a selection came, the share of the candidates that is not trained now."""
+    known["step"] = report.step
     for event in report.events:
         if event["kind"] == "selection":
-            repeat["untrained"] = 1 - event["kept"] / event["candidates"]
+            known["untrained"] = 1 - event["kept"] / event["candidates"]
 
 
 def main() -> None:
@@ -139,12 +139,13 @@ def main() -> None:
         if watch is not None:
             method.update = watch  # type: ignore[method-assign]  # what is measured is exactly this call
         reports = trainer_of(spec, model, method).updates()
-        ahead: Repeat = {}
+        known: Repeat = {}
         for _ in range(spec.get("ahead", 0)):
-            note(ahead, next(reports))
-        requests.ready("torch", threads=torch.get_num_threads(), **ahead)
+            note(known, next(reports))
+        requests.ready("torch", threads=torch.get_num_threads())
         for repeat in requests.repeats():
-            note(repeat, next(reports))
+            note(known, next(reports))
+            repeat |= known
             if watch is not None:
                 moved = bytes_of_update(method, precision_of(spec["precision"]))
                 repeat |= {"wall": watch.wall, "cpu": watch.cpu, "bytes": moved, "entries": method.trainable_entries}

@@ -100,7 +100,6 @@ def test_the_limit_is_nine_tenths_of_what_untrained_entries_could_save(seconds: 
             "frozen": outcome(0.5),
             "tensor, s 0.99": Outcome(
                 peer=OURS,
-                facts={"untrained": 0.5},
                 repeats=[{"wall": seconds, "cpu": 1.0, "step": 1, "untrained": 1.0}],
             ),
         },
