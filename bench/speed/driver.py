@@ -71,11 +71,11 @@ def show(path: Path, names: Iterable[str], clock: Clock) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
-    parser.add_argument("--case", help="only cases whose name contains this")
+    parser.add_argument("--case", help="only cases whose name contains this; the section keeps no others")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all sections together ({MINUTES:.0f})")
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     parser.add_argument("--threads", type=int, default=cores, help=f"of every contestant (all cores: {cores})")
-    parser.add_argument("--all", action="store_true", help="also precisions and modes of peers that are never fastest")
+    parser.add_argument("--all", action="store_true", help="also cases that take long and say little")
     parser.add_argument("--data", help="folder with C4-shaped shards, for the section `data`")
     parser.add_argument("--name", default="local", help="of the results (local, which git ignores)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="seconds that are printed")

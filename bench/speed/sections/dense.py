@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from speed.cases import OURS, Case, Contestant, Section
 from speed.figures import Clock, fastest_peer, medians
 from speed.markdown import SPREAD_HEADS, joined, measured, missing, spread_cells, table
@@ -33,28 +35,26 @@ LOOPS = {
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "autocast": "bf16"}
 """Precision of a peer -> kind that it is compared within: `autocast` has fp32 weights and bf16 products."""
 
-DEFAULT_PEERS = {
+Variant = tuple[str, str, bool]
+"""A loop, its precision, and whether it is compiled."""
+
+FAST: tuple[Variant, ...] = (
     ("plain torch", "fp32", True),
     ("plain torch", "bf16", True),
+    ("transformers", "bf16", False),
+    ("transformers", "bf16", True),
+    ("litgpt", "bf16", True),
+)
+"""What runs at every batch."""
+
+FIELD: tuple[Variant, ...] = (
+    *FAST,
     ("plain torch", "bf16", False),
     ("transformers", "fp32", False),
-    ("transformers", "bf16", False),
-    ("transformers", "bf16", True),
     ("transformers Trainer", "autocast", False),
     ("litgpt", "fp32", True),
-    ("litgpt", "bf16", True),
-}
-"""Loop, precision and whether it is compiled, of those that run without --all at the first batch of `GRID`."""
-
-FAST_PEERS = {
-    ("plain torch", "fp32", True),
-    ("plain torch", "bf16", True),
-    ("transformers", "bf16", False),
-    ("transformers", "bf16", True),
-    ("litgpt", "bf16", True),
-}
-"""Those of them that run at larger batches too, where each takes long."""
-
+)
+"""What runs at the first batch of `GRID`, where an update takes the least time."""
 
 NOTE = (
     "Ratios are of medians. All train on the same random rows, a batch in one pass, with fused AdamW without weight "
@@ -64,33 +64,46 @@ NOTE = (
 
 
 def cases() -> list[Case]:
-    """Each size with each batch."""
-    return [_case(size, rows, length) for size in ("60m", "9m") for rows, length in GRID]
+    """Each size with each batch; with --all also every way of running each loop, a case a loop, as memory allows."""
+    grid = [_on_grid(size, rows, length) for size in ("60m", "9m") for rows, length in GRID]
+    return grid + [_every_way(size, loop) for size in ("60m", "9m") for loop in LOOPS]
 
 
-def _case(size: str, rows: int, length: int) -> Case:
-    spec = {"shape": shape_of(size), "rows": rows, "length": length}
+def _on_grid(size: str, rows: int, length: int) -> Case:
     is_default = size == "60m" or rows == GRID[0][0]
+    variants = FIELD if (rows, length) == GRID[0] else FAST
+    weight = 3.0 if size == "60m" and rows * length > 2000 else 1.5 if size == "60m" else 0.7
+    return _case(f"{size}, {rows} x {length}", size, (rows, length), variants, weight, is_default=is_default)
+
+
+def _every_way(size: str, loop: str) -> Case:
+    variants = [(loop, precision, is_compiled) for precision in PRECISIONS for is_compiled in (False, True)]
+    rows, length = GRID[0]
+    name = f"{size}, {rows} x {length}, every way of {loop}"
+    return _case(name, size, GRID[0], variants, 1.0, is_default=False)
+
+
+def _case(
+    name: str, size: str, batch: tuple[int, int], variants: Iterable[Variant], weight: float, *, is_default: bool
+) -> Case:
+    rows, length = batch
+    spec = {"shape": shape_of(size), "rows": rows, "length": length}
     ours = tuple(
         Contestant(label, OURS, "ours", {**spec, "method": "adamw", **different}, kind, is_default)
         for label, (kind, different) in OUR_VARIANTS.items()
     )
-    defaults = DEFAULT_PEERS if (rows, length) == GRID[0] else FAST_PEERS
     peers = tuple(
         Contestant(
             f"{loop}, {precision}{', compiled' if is_compiled else ''}",
-            peer,
-            worker,
+            LOOPS[loop][0],
+            LOOPS[loop][1],
             {**spec, "precision": precision, "compile": is_compiled},
-            kind,
-            is_default and (loop, precision, is_compiled) in defaults,
+            PRECISIONS[precision],
+            is_default,
         )
-        for loop, (peer, worker) in LOOPS.items()
-        for precision, kind in PRECISIONS.items()
-        for is_compiled in (False, True)
+        for loop, precision, is_compiled in variants
     )
-    weight = 3.0 if size == "60m" and rows * length > 2000 else 1.5 if size == "60m" else 0.7
-    return Case(f"{size}, {rows} x {length}", ours + peers, rows * length, "tokens", weight)
+    return Case(name, ours + peers, rows * length, "tokens", weight)
 
 
 def page(result: SectionResult, clock: Clock = "wall") -> str:

@@ -52,12 +52,13 @@ def test_workers_of_peers_need_nothing_of_this_package() -> None:
         }
 
 
-def test_every_default_of_the_dense_section_is_a_contestant() -> None:
-    (first, *others) = dense.cases()
-    wanted = len(dense.DEFAULT_PEERS) + len(dense.OUR_VARIANTS)
-    assert len([each for each in first.contestants if each.is_default]) == wanted
-    assert dense.FAST_PEERS < dense.DEFAULT_PEERS
-    assert all(each.kind in ("fp32", "bf16") for case in (first, *others) for each in case.contestants)
+def test_by_default_the_dense_section_leaves_out_what_is_never_fastest() -> None:
+    found = dense.cases()
+    usual = [case for case in found if all(each.is_default for each in case.contestants)]
+    assert [case.name for case in usual[:3]] == ["60m, 4 x 256", "60m, 4 x 1024", "60m, 16 x 256"]
+    assert len(usual) == 5
+    assert not [each for case in found if case not in usual for each in case.contestants if each.is_default]
+    assert all(each.kind in ("fp32", "bf16") for case in found for each in case.contestants)
 
 
 def test_the_pipeline_without_text_says_so() -> None:
