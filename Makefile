@@ -13,6 +13,8 @@ ARGS ?=
 # C4-shaped shards, for `make bench` and `make tables`; and the longest sitting of the latter.
 DATA ?= $(if $(BLOCKLLM_SHARED),$(BLOCKLLM_SHARED)/data/realtext/en)
 MINUTES ?= 60
+# Which peers `make bench-setup` makes; all if none is named.
+PEERS ?=
 NVIDIA ?= $(shell test -e /proc/driver/nvidia/version && echo yes)
 
 BIN := $(VENV)/bin
@@ -21,7 +23,7 @@ DEV := $(VENV)/.ready-dev
 SIZES := 60m 130m 350m 1b 7b
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart $(SIZES:%=c4-%) test test-all test-gpu lint typecheck format bench tables docs clean
+.PHONY: help setup quickstart $(SIZES:%=c4-%) test test-all test-gpu lint typecheck format bench bench-setup tables docs clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*  ## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
@@ -57,13 +59,11 @@ format: $(DEV)  ## Put the code into its one format.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(DEV)  ## Measure loss, sketch, updates and tracking against plain ones, and with DATA the pipeline.
-	$(BIN)/python bench/loss.py
-	$(BIN)/python bench/sketch.py
-	$(BIN)/python bench/step_time.py
-	$(BIN)/python bench/tracking.py
-	@if [ -n "$(DATA)" ]; then $(BIN)/python bench/data.py --data "$(DATA)"; \
-		else echo "bench/data.py needs real text: make bench DATA=FOLDER (C4-shaped shards)"; fi
+bench-setup: $(DEV)  ## Make the environments of the peers that `make bench` measures beside this package, in .bench.
+	$(BIN)/python bench/setup_peers.py $(PEERS)
+
+bench: $(DEV)  ## Measure speed beside the peers that are set up, about 20 minutes; ARGS="--only dense --minutes 3".
+	$(BIN)/python bench/run.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 tables: $(DEV)  ## Make the tables in docs/: run missing cells, for at most MINUTES (60). DATA names the shards.
 	@test -n "$(DATA)" || { echo "make tables needs real text: make tables DATA=FOLDER (C4-shaped shards), or set BLOCKLLM_SHARED"; exit 2; }
@@ -72,6 +72,7 @@ tables: $(DEV)  ## Make the tables in docs/: run missing cells, for at most MINU
 docs: $(DEV)  ## Write docs/reference from the code, and the tables from the cells that are there; nothing is run.
 	$(BIN)/python docs/build.py
 	$(BIN)/python bench/tables.py --page-only $(ARGS)
+	$(BIN)/python bench/run.py --page
 
 clean:  ## Remove the environment, caches and build output; runs stay.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

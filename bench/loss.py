@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python bench/loss.py
     OMP_NUM_THREADS=1 python bench/loss.py --chunk-mib 8 16 32 64 128
 
-Both versions are timed in turn, so that a busy machine slows both alike; the ratio is that of the medians. Peak memory
-is what the operators allocate over the inputs, counted by the profiler's memory events.
+All ways are timed in turn, so that a busy machine slows them alike; the ratio is that of the medians. Peak memory is
+what the operators allocate over the inputs, counted by the profiler's memory events. `bench/run.py --only loss` keeps
+times of the same ways, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from blockllm_cli.model.loss import chunked_nll
+from speed.workers.loss_alone import tensors, ways
 
 SHAPES = ((1024, 512, 32000), (2048, 256, 4096))
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--chunk-mib", type=int, nargs="*", default=[], help="chunk sizes to compare with the default")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, median of {options.repeats}")
-    columns = f"{'chunk':>12}{'time / plain':>14}{'plain ms':>10}{'peak MiB':>10}"
+    columns = f"{'way':>28}{'time / plain':>14}{'plain ms':>10}{'peak MiB':>10}"
     print(f"{'tokens, hidden, vocabulary':<28}{'dtype':<10}{columns}")
     for tokens, hidden_size, vocab_size in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
@@ -39,19 +40,13 @@ def main() -> None:
 def compare(
     tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, chunk_mib: list[int], repeats: int
 ) -> None:
-    """Print one line for the plain version and one for each way of chunking."""
-    torch.manual_seed(0)
-    hidden = torch.randn(tokens, hidden_size, dtype=dtype, requires_grad=True)
-    head = (torch.randn(vocab_size, hidden_size) * 0.02).to(dtype).requires_grad_()
-    targets = torch.randint(vocab_size, (tokens,))
+    """Print a line for each way of making the loss and for each chunk size."""
+    hidden, head, targets = tensors(tokens, hidden_size, vocab_size, dtype)
 
-    def chunked(chunk: int | None) -> Callable[[], Tensor]:
+    def chunked(chunk: int) -> Callable[[], Tensor]:
         return lambda: chunked_nll(hidden, head, targets, scale=1 / tokens, chunk=chunk)[0]
 
-    versions: dict[str, Callable[[], Tensor]] = {
-        "plain": lambda: F.cross_entropy((hidden @ head.t()).float(), targets),
-        "default": chunked(None),
-    }
+    versions = ways(hidden, head, targets)
     for mib in chunk_mib:
         versions[f"{mib} MiB"] = chunked(max(1, mib * 2**20 // (vocab_size * dtype.itemsize)))
 
@@ -70,7 +65,7 @@ def compare(
     for name, version in versions.items():
         peak = peak_bytes(lambda version=version: run(version)) / 2**20
         print(
-            f"{f'{tokens}, {hidden_size}, {vocab_size}':<28}{str(dtype).removeprefix('torch.'):<10}{name:>12}"
+            f"{f'{tokens}, {hidden_size}, {vocab_size}':<28}{str(dtype).removeprefix('torch.'):<10}{name:>28}"
             f"{medians[name] / medians['plain']:>14.2f}{medians['plain'] * 1e3:>10.0f}{peak:>10.0f}"
         )
 

@@ -30,6 +30,7 @@ TARGETS = [
     "typecheck",
     "format",
     "bench",
+    "bench-setup",
     "tables",
     "docs",
     "clean",

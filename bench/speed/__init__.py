@@ -1,0 +1,1 @@
+"""The speed of the package beside that of others: one driver, and workers that measure in environments of their own."""

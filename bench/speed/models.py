@@ -1,0 +1,33 @@
+"""The models that are trained: shapes, with the keys of Hugging Face's `LlamaConfig`, and whether they compile."""
+
+from __future__ import annotations
+
+from blockllm_cli.model.config import SIZES, LlamaConfig
+from blockllm_cli.recipe.sections import Run
+
+Shape = dict[str, int]
+
+CAN_COMPILE = "compile" in Run.model_fields
+"""Whether recipes of this version have `run.compile`."""
+
+
+def shape_of(size: str, vocab_size: int = 32_000) -> Shape:
+    """A published size."""
+    return {"vocab_size": vocab_size, **SIZES[size]}
+
+
+def config_of(shape: Shape) -> LlamaConfig:
+    """The package's config of a shape, without grouped queries."""
+    return LlamaConfig(
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_hidden_layers=shape["num_hidden_layers"],
+        num_attention_heads=shape["num_attention_heads"],
+        num_key_value_heads=shape["num_attention_heads"],
+    )
+
+
+def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each parameter."""
+    return config_of(shape).parameter_shapes()
