@@ -51,7 +51,7 @@ FIELD: tuple[Variant, ...] = (
     *FAST,
     ("plain torch", "bf16", False),
     ("transformers", "fp32", False),
-    ("transformers Trainer", "autocast", False),
+    ("transformers Trainer", "bf16", True),
     ("litgpt", "fp32", True),
 )
 """What runs at the first batch of `GRID`, where an update takes the least time."""
