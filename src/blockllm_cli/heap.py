@@ -15,7 +15,7 @@ _TRIM_THRESHOLD = -1
 _MMAP_MAX = -4
 """Parameters of glibc's `mallopt`."""
 
-_SET_BY_USER = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+_MALLOC_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
 def keep_memory() -> None:
@@ -25,7 +25,7 @@ def keep_memory() -> None:
     """
     # Read by torch once, when it allocates for the first time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if not _is_glibc() or any(name in os.environ for name in _SET_BY_USER) or "malloc" in _tunables():
+    if not _is_glibc() or _is_set():
         return
     library = ctypes.CDLL(None)
     library.mallopt(_MMAP_MAX, 0)
@@ -41,5 +41,6 @@ def _is_glibc() -> bool:
         return False
 
 
-def _tunables() -> str:
-    return os.environ.get("GLIBC_TUNABLES", "")
+def _is_set() -> bool:
+    """Whether the environment says how memory is kept."""
+    return "malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name in os.environ for name in _MALLOC_VARIABLES)

@@ -76,6 +76,10 @@ class LayerCompiler:
         name = f"{_layer.__name__}_{uuid.uuid4().hex}"
         function = FunctionType(_layer.__code__.replace(co_name=name), _layer.__globals__, name)
         self._function = torch.compile(function, fullgraph=True, backend=self._compile)
+        # Said again since this way of saying it tells the compiler too, which `on_machine` has no reason to load.
+        torch.use_deterministic_algorithms(
+            torch.are_deterministic_algorithms_enabled(), warn_only=torch.is_deterministic_algorithms_warn_only_enabled()
+        )
 
     @property
     def refused(self) -> int:

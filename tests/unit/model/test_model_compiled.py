@@ -13,7 +13,7 @@ from blockllm_cli.gradients.engine import routed
 from blockllm_cli.gradients.routes import Dense, Gather, Layerwise, Rows
 from blockllm_cli.gradients.sketch import Sketch
 from blockllm_cli.model.batch import batch_of
-from blockllm_cli.model.compiled import check_compiler
+from blockllm_cli.model.compiled import LayerCompiler, check_compiler
 from blockllm_cli.model.config import LlamaConfig
 from blockllm_cli.model.llama import build_model
 from blockllm_cli.optim.entries import Entries
@@ -274,3 +274,19 @@ def test_a_compiler_that_fails_is_named_with_the_way_out(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     with pytest.raises(RecipeError, match=r'no compiler found\. Set run\.compile = "off"'):
         check_compiler(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_the_compiler_knows_whether_determinism_is_asked_for(is_asked):
+    import torch._inductor.config as settings
+
+    before = torch.get_deterministic_debug_mode(), settings.deterministic
+    try:
+        torch.set_deterministic_debug_mode("error" if is_asked else "default")
+        settings.deterministic = not is_asked
+        LayerCompiler("eager")
+        assert settings.deterministic is is_asked
+        assert torch.are_deterministic_algorithms_enabled() is is_asked
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        settings.deterministic = before[1]
