@@ -1,14 +1,10 @@
-"""The models that are trained: shapes, with the keys of Hugging Face's `LlamaConfig`, and whether they compile."""
+"""The models that are trained: shapes, with the keys of Hugging Face's config, and what the package makes of them."""
 
 from __future__ import annotations
 
 from blockllm_cli.model.config import SIZES, LlamaConfig
-from blockllm_cli.recipe.sections import Run
 
 Shape = dict[str, int]
-
-CAN_COMPILE = "compile" in Run.model_fields
-"""Whether recipes of this version have `run.compile`."""
 
 
 def shape_of(size: str, vocab_size: int = 32_000) -> Shape:

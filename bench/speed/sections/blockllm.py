@@ -19,7 +19,7 @@ from typing import Any
 from speed.cases import OURS, Case, Contestant, Section
 from speed.figures import Clock
 from speed.markdown import joined, missing, table
-from speed.models import CAN_COMPILE, shape_of
+from speed.models import shape_of
 from speed.results import CaseResult, Outcome, SectionResult
 
 SHAPE = shape_of("60m", vocab_size=4096)
@@ -49,8 +49,7 @@ ENLARGED: dict[str, dict[str, Any]] = {
 
 def cases() -> list[Case]:
     """One for each precision; with --all also those of compiled layers."""
-    plain = [_case(precision) for precision in ("fp32", "bf16")]
-    return plain + ([_case(precision, is_compiled=True) for precision in ("fp32", "bf16")] if CAN_COMPILE else [])
+    return [_case(precision, is_compiled=compiled) for compiled in (False, True) for precision in ("fp32", "bf16")]
 
 
 def _case(precision: str, *, is_compiled: bool = False) -> Case:

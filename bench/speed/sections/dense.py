@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from speed.cases import OURS, Case, Contestant, Section
 from speed.figures import Clock, fastest_peer, medians
 from speed.markdown import SPREAD_HEADS, joined, measured, missing, spread_cells, table
-from speed.models import CAN_COMPILE, shape_of
+from speed.models import shape_of
 from speed.results import CaseResult, SectionResult
 
 GRID = ((4, 256), (4, 1024), (16, 256))
@@ -20,11 +20,9 @@ OUR_VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 }
 """Label -> kind, and what of the spec differs. The peers' pure bf16 has state in bf16, as torch's AdamW makes it."""
 
-if CAN_COMPILE:
-    OUR_VARIANTS |= {
-        f"{label}, compiled": (kind, {**different, "compile": True})
-        for label, (kind, different) in OUR_VARIANTS.items()
-    }
+OUR_VARIANTS |= {
+    f"{label}, compiled": (kind, {**different, "compile": True}) for label, (kind, different) in OUR_VARIANTS.items()
+}
 
 LOOPS = {
     "plain torch": ("torch", "plain"),

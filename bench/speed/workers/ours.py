@@ -14,6 +14,7 @@ import torch
 
 from blockllm_cli.data.rows import Rows
 from blockllm_cli.data.stream import Taken
+from blockllm_cli.heap import keep_memory
 from blockllm_cli.methods.base import Method, Rates, Setting
 from blockllm_cli.methods.registry import method_class
 from blockllm_cli.model.llama import LlamaForCausalLM, build_model
@@ -130,6 +131,7 @@ def note(known: Repeat, report: StepReport) -> None:
 
 def main() -> None:
     """Train until the driver has had enough."""
+    keep_memory()  # as the command does
     requests = Requests()
     spec = requests.spec
     with on_machine(Machine(torch.device("cpu"), torch.get_num_threads(), deterministic=True)):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockllm_cli.heap import keep_memory
 from blockllm_cli.methods.base import Method
 from blockllm_cli.model.llama import LlamaForCausalLM
 from blockllm_cli.training.checkpoint import open_checkpoint, save_checkpoint
@@ -24,6 +25,7 @@ from speed.workers.protocol import Requests
 
 def main() -> None:
     """Save or load until the driver has had enough."""
+    keep_memory()  # as the command does
     requests = Requests()
     model = model_of(requests.spec)
     method = method_of(requests.spec, model)

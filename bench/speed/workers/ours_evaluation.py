@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from blockllm_cli.heap import keep_memory
 from blockllm_cli.runner.machine import Machine, on_machine
 from blockllm_cli.training.evaluation import Evaluator
 from speed.workers.ours import model_of, random_rows
@@ -13,6 +14,7 @@ from speed.workers.protocol import Requests
 
 def main() -> None:
     """Evaluate the same rows again and again."""
+    keep_memory()  # as the command does
     requests = Requests()
     spec = requests.spec
     rows = random_rows(np.random.default_rng(0), spec["rows"], spec["length"], spec["shape"]["vocab_size"])

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from blockllm_cli.data.batches import batch_of
+from blockllm_cli.heap import keep_memory
 from blockllm_cli.runner.machine import Machine, on_machine
 from speed.workers.ours import RATE, model_of, random_rows
 from speed.workers.protocol import Requests
@@ -13,6 +14,7 @@ from speed.workers.protocol import Requests
 
 def main() -> None:
     """Forward, backward, step; state is in the weights' dtype."""
+    keep_memory()  # as the command does
     requests = Requests()
     spec = requests.spec
     draw = np.random.default_rng(0)

@@ -78,7 +78,8 @@ class LayerCompiler:
         self._function = torch.compile(function, fullgraph=True, backend=self._compile)
         # Said again since this way of saying it tells the compiler too, which `on_machine` has no reason to load.
         torch.use_deterministic_algorithms(
-            torch.are_deterministic_algorithms_enabled(), warn_only=torch.is_deterministic_algorithms_warn_only_enabled()
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
         )
 
     @property
