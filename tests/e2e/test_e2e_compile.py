@@ -48,7 +48,7 @@ def test_a_resume_with_generated_code_is_exact(tiny):
 
 
 def test_without_a_compiler_the_run_ends_before_it_begins(tiny):
-    environment = {**os.environ, "CXX": "/nonexistent", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "CXX": str(tiny.folder / "no compiler"), "OMP_NUM_THREADS": "1"}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(tiny.folder / "nothing compiled yet")
     done = tiny.call(*SETS, env=environment)
     assert done.returncode == 2
