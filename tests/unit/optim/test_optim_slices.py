@@ -101,3 +101,15 @@ def test_scratch_is_used_again_and_grows_when_it_must():
     assert (first == 1.0).all()
     scratch.clear()
     assert scratch.take("a", 20, torch.float32).data_ptr() == third.data_ptr()
+
+
+def test_scratch_that_began_small_comes_to_rest():
+    """The first update may be of a small tensor: later ones make no memory anew for ever."""
+    scratch = Scratch(8, torch.device("cpu"))
+    buffers = []
+    for _ in range(6):
+        scratch.clear()
+        taken = [scratch.take("a", size, torch.float32) for size in (5, 300, 200, 100, 7)]
+        buffers.append({each.untyped_storage().data_ptr() for each in taken})
+    assert len(buffers[-1]) == 1
+    assert buffers[-1] == buffers[-2]
