@@ -25,8 +25,8 @@ class Scratch:
         start = self._used.get(use, 0)
         buffer = self._buffers.get(use)
         if buffer is None or start + entries > buffer.numel():
-            # Cut before, a former buffer lives on as long as what was cut from it. The next one holds all of this round,
-            # or every round would make several anew.
+            # Cut before, a former buffer lives on as long as what was cut from it. The next holds all of this round:
+            # else every round would make several anew.
             self._entries = max(self._entries, start + entries)
             buffer = self._buffers[use] = torch.empty(self._entries, dtype=dtype, device=self._device)
             start = 0
