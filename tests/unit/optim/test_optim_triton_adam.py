@@ -421,3 +421,13 @@ def test_the_tables_hold_no_index_of_entries_that_stop(kernels):
     del target, entries
     gc.collect()
     assert index() is None
+
+
+def test_nothing_to_update_is_no_launch(kernels):
+    counting = Counting(kernels)
+    adam = TritonAdam(RULE, precision_of("bf16"), 0, kernels=counting, block=8)
+    assert adam.update([], [], [], 1, count_unchanged=True) is None
+    entries = Entries.of(torch.empty(0, dtype=torch.int64), (64,))
+    target = Target("w", 0, torch.zeros(64).bfloat16(), entries, (torch.empty(0), torch.empty(0)), None)
+    assert adam.update([target], [torch.empty(0).bfloat16()], [(1e-2, 1)], 1, count_unchanged=True) is None
+    assert counting.grids == []
