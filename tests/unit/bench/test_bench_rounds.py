@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from speed import client
 from speed.cases import OURS, Case, Contestant
 from speed.client import PeerAbsentError, Worker, WorkerFailedError, python_of
 from speed.rounds import run_case, starter
@@ -203,3 +205,45 @@ def test_an_environment_whose_interpreter_is_gone_is_absent(tmp_path: Path) -> N
     (tmp_path / "torch" / "bin" / "python").symlink_to(tmp_path / "gone")
     with pytest.raises(PeerAbsentError, match="make bench-setup"):
         python_of("torch", tmp_path)
+
+
+TELLING = """
+import os, time
+from speed.workers.protocol import Requests
+requests = Requests()
+requests.ready(threads=os.environ["OMP_NUM_THREADS"], path=os.environ["PYTHONPATH"])
+for repeat in requests.repeats():
+    time.sleep(20)
+"""
+
+
+def test_a_worker_is_told_its_threads_and_a_peer_nothing_of_our_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/of/ours")
+    path = tmp_path / "worker.py"
+    path.write_text(TELLING, encoding="utf-8")
+    peer = tmp_path / "python"
+    peer.symlink_to(sys.executable)
+    said = []
+    for python in (sys.executable, str(peer)):
+        worker = Worker([python, str(path)], {}, 3, tmp_path)
+        try:
+            said.append(worker.ready())
+        finally:
+            worker.close()
+    assert [each["threads"] for each in said] == ["3", "3"]
+    assert ["/of/ours" in each["path"].split(":") for each in said] == [True, False]
+
+
+def test_a_worker_that_gives_no_answer_in_time_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "worker.py"
+    path.write_text(TELLING, encoding="utf-8")
+    worker = Worker([sys.executable, str(path)], {}, 1, tmp_path)
+    try:
+        worker.ready()
+        monkeypatch.setattr(client, "PATIENCE", 0.3)
+        with pytest.raises(WorkerFailedError, match="ended with -9"):
+            worker.repeat()
+    finally:
+        worker.close()
