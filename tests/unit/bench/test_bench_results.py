@@ -186,6 +186,8 @@ def test_choosing_is_what_a_probe_and_a_selection_take_beyond_an_update() -> Non
         },
     )
     table = SECTIONS["blockllm"].table(section({"fp32": case}), "wall")
+    case.outcomes["selecting"] = outcome(0.5)
+    assert "Together 0.40% (" in SECTIONS["blockllm"].table(section({"fp32": case}), "wall")
     assert "A probe takes 4.0 ms, one in 1 update(s): 0.40% of the time." in table
     assert "A selection takes 500 ms, at most one in 100 updates: 0.50%. Together 0.90% (below 1%: yes)." in table
 
