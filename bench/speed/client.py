@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ def python_of(peer: str, environments: Path) -> Path:
     if peer == OURS:
         return Path(sys.executable)
     python = environments / peer / "bin" / "python"
-    if not (environments / peer / ".ready").exists():
+    if not ((environments / peer / ".ready").exists() and python.exists()):  # it links to what may be gone
         raise PeerAbsentError(f"{environments / peer} is not there: make bench-setup")
     return python
 
@@ -72,6 +73,7 @@ class Worker:
             env=environment,
             cwd=BENCH.parent,
             text=True,
+            start_new_session=True,  # so that it ends with all that it has started
         )
         self._send(spec)
 
@@ -98,14 +100,18 @@ class Worker:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended by itself
             self._process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self.kill()
+        self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._said.close()
+
+    def kill(self) -> None:
+        """End the process and what it has started, whatever they do; who waits for an answer is told."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is left of them
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -117,7 +123,7 @@ class Worker:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        alarm = threading.Timer(PATIENCE, self._process.kill)
+        alarm = threading.Timer(PATIENCE, self.kill)
         alarm.start()
         try:
             line = self._process.stdout.readline()
@@ -125,7 +131,11 @@ class Worker:
             alarm.cancel()
         if not line:
             raise self._failure()
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError as error:  # its end, maybe in the middle of a line
+            self.kill()
+            raise self._failure() from error
         return answer
 
     def _failure(self) -> WorkerFailedError:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -32,18 +33,30 @@ from speed.rounds import Start, run_case, starter
 from speed.sections import SECTIONS
 
 MINUTES = 18.0
+FOLDERS = {"--data": "DATA", "--peers": "PEERS", "--results": "RESULTS"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, or with --page write tables; 0 unless --check finds an old page."""
-    options = _parser().parse_args(arguments)
-    if options.page or options.check:
-        return page.write(options.pages, options.results, check=options.check)
-    if options.show:
-        return show(path_of(options.name, options.results), options.only or SECTIONS, options.clock)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    path = path_of(options.name, options.results)
+    try:
+        if options.page or options.check:
+            return page.write(options.pages, options.results, check=options.check)
+        if options.show:
+            return show(path, options.only or SECTIONS, options.clock)
+        if path.exists():
+            load(path)  # now, and not when there is something to lose
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
     choice = Choice(options.all, options.data)
     start = starter(options.peers.absolute(), options.threads)
     chosen = [SECTIONS[name] for name in SECTIONS if name in (options.only or SECTIONS)]
+    if options.case is not None:
+        chosen = [section for section in chosen if _cases(section, choice, options.case)]
+        if not chosen:
+            parser.error(f"no case of these sections has {options.case!r} in its name (--all: more cases)")
     weights = [_weight(section, choice, options.case) for section in chosen]
     began = time.monotonic()
     for index, section in enumerate(chosen):
@@ -51,11 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds = left * weights[index] / sum(weights[index:]) if weights[index] else 0.0
         print(f"\n## {section.name}: {section.title} ({seconds / 60:.1f} minutes)", flush=True)
         result = measure(section, choice, seconds, options.threads, start, only_case=options.case)
-        result.command = " ".join(sys.argv[1:] if arguments is None else arguments)
-        store(path_of(options.name, options.results), section.name, result)
+        result.command = _command(sys.argv[1:] if arguments is None else arguments)
+        store(path, section.name, result)
         print(section.table(result, options.clock), flush=True)
-    print(f"\nresults: {path_of(options.name, options.results)}")
+    print(f"\nresults: {path}")
     return 0
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The arguments as a shell takes them, without the folders of this machine."""
+    words = list(arguments)
+    for index, word in enumerate(words):
+        option, equals, _ = word.partition("=")
+        if option in FOLDERS and equals:
+            words[index] = f"{option}={FOLDERS[option]}"
+        elif option in FOLDERS and index + 1 < len(words):
+            words[index + 1] = FOLDERS[option]
+    return shlex.join(words)
 
 
 def show(path: Path, names: Iterable[str], clock: Clock) -> int:
@@ -65,6 +90,8 @@ def show(path: Path, names: Iterable[str], clock: Clock) -> int:
         if name in names and name in found:
             print(f"\n## {name}: {SECTIONS[name].title}\n\n{SECTIONS[name].table(found[name], clock)}")
             print(f"\n{page.source_of(found[name])}")
+    if not found:
+        print(f"{path} has no results", file=sys.stderr)
     return 0 if found else 1
 
 

@@ -17,19 +17,23 @@ from speed.results import SectionResult, load, path_of
 from speed.sections import SECTIONS
 
 PAGES = tuple(sorted((Path(__file__).parents[2] / "docs").glob("*.md")))
-_PLACE = re.compile(r"(<!-- bench ([\w.-]+) ([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- bench ([\w.-]+) ([\w-]+) -->\n)((?:(?!<!-- bench ).)*?)(<!-- /bench -->)", re.DOTALL)
+_MARKER = re.compile(r"<!-- /?bench\b")
 
 
 def write(pages: Sequence[Path], results: Path, *, check: bool) -> int:
     """Bring the pages up to date; with `check` only say which are not, and return 1 then.
 
     Raises:
-        ValueError: a marker names results or a section that are not there.
+        ValueError: a marker stands alone, or names results or a section that are not there.
     """
     old = False
     for path in pages:
         text = path.read_text(encoding="utf-8")
-        made = filled(text, results)
+        try:
+            made = filled(text, results)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         if made == text:
             continue
         old = True
@@ -52,12 +56,15 @@ def filled(text: str, results: Path) -> str:
         begin, name, section, _, end = place.groups()
         path = path_of(name, results)
         found = load(path).sections if path.exists() else {}
-        if section not in found:
+        if section not in found or section not in SECTIONS:
             raise ValueError(f"{begin.strip()}: {path} has no section {section!r}")
         result = found[section]
         return f"{begin}{SECTIONS[section].table(result, 'wall')}\n\n{source_of(result)}\n{end}"
 
-    return _PLACE.sub(table, text)
+    made, places = _PLACE.subn(table, text)
+    if 2 * places != len(_MARKER.findall(text)):
+        raise ValueError("a marker stands alone: <!-- bench NAME SECTION --> and <!-- /bench --> belong together")
+    return made
 
 
 def source_of(result: SectionResult) -> str:

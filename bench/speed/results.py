@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 FORMAT = 1
 FOLDER = Path(__file__).parents[1] / "results"
@@ -87,9 +87,12 @@ def load(path: Path) -> Results:
     """What a file holds.
 
     Raises:
-        ValueError: it is not what this version writes (pydantic's error, which names the place).
+        ValueError: it is not what this version writes.
     """
-    return Results.model_validate_json(path.read_text(encoding="utf-8"))
+    try:
+        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise ValueError(f"{path} is not what this version writes: {error}") from error
 
 
 def store(path: Path, section: str, result: SectionResult) -> None:
@@ -97,4 +100,6 @@ def store(path: Path, section: str, result: SectionResult) -> None:
     results = load(path) if path.exists() else Results()
     results.sections[section] = result
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(results.model_dump_json(indent=1, exclude_defaults=True) + "\n", encoding="utf-8")
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(results.model_dump_json(indent=1, exclude_defaults=True) + "\n", encoding="utf-8")
+    beside.replace(path)  # what was there is not lost if this is cut off

@@ -76,7 +76,12 @@ def _each(
             workers[label].close()
 
     with ThreadPoolExecutor(at_a_time) as pool:
-        list(pool.map(turn, list(workers)))
+        try:
+            list(pool.map(turn, list(workers)))
+        except BaseException:  # an interrupt, say: nobody waits for what is under way
+            for worker in workers.values():
+                worker.kill()
+            raise
     for label in [label for label in workers if outcomes[label].state == "failed"]:
         del workers[label]
 

@@ -157,12 +157,13 @@ def _choosing(seconds: dict[str, float]) -> str:
     probe = (seconds["probing"] - base) / (PROBED - 1 / every)
     probing = probe / every / base
     selection = seconds["selecting"] - base
-    selecting = selection / (PATIENCE + 1) / base
-    met = _verdict(probing + selecting < LIMITS["choosing"])
+    selecting = selection / PATIENCE / base
+    together = max(0.0, probing) + max(0.0, selecting)  # noise below nothing makes up for nothing
+    met = _verdict(together < LIMITS["choosing"])
     return (
         f"A probe takes {probe * 1e3:.1f} ms, one in {every} update(s): {probing:.2%} of the time. A selection takes "
-        f"{selection * 1e3:.0f} ms, at most one in {PATIENCE + 1} updates: {selecting:.2%}. Together "
-        f"{probing + selecting:.2%} (below {LIMITS['choosing']:.0%}: {met})."
+        f"{selection * 1e3:.0f} ms, at most one in {PATIENCE} updates: {selecting:.2%}. Together "
+        f"{together:.2%} (below {LIMITS['choosing']:.0%}: {met})."
     )
 
 

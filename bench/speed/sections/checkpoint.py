@@ -30,8 +30,9 @@ def cases() -> list[Case]:
 
 def _page(result: SectionResult, clock: Clock = "wall") -> str:
     parts = []
-    for word, (name, case) in zip(("save", "load"), result.cases.items(), strict=True):
+    for name, case in result.cases.items():
         one = result.model_copy(update={"cases": {name: case}})
+        word = name.rpartition(": ")[2]
         parts.append(simple.page(f"torch.{word}", "bytes")(one, clock))
     return joined(*parts)
 

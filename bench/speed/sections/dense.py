@@ -57,7 +57,8 @@ FIELD: tuple[Variant, ...] = (
 NOTE = (
     "Ratios are of medians. All train on the same random rows, a batch in one pass, with fused AdamW without weight "
     "decay and without clipping; only litgpt's loop cannot be asked not to clip. Of a peer, bf16 means weights and "
-    "state in bf16, autocast both in fp32; ours has bf16 weights and, where the label says nothing else, fp32 state."
+    "state in bf16, autocast both in fp32; ours has bf16 weights and, where the label says nothing else, fp32 state. "
+    "Ours keeps freed memory in the process, as its command does; a peer has what the C library does by itself."
 )
 
 

@@ -53,7 +53,7 @@ def _row_norms(tensors: Sequence[Tensor]) -> Tensor:
     if rests:
         for place, norm in zip(places, torch._foreach_norm(rests, 2), strict=True):
             norms[place] = norm.view(1)
-    return torch.cat(norms)
+    return torch.cat(norms) if norms else torch.zeros(1)  # all may be empty
 
 
 class _Widened:

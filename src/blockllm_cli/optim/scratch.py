@@ -10,7 +10,7 @@ class Scratch:
     """One buffer for each use, cut into 1-D tensors from its start until it is cleared.
 
     Args:
-        entries: of each buffer; a larger tensor gets a larger buffer.
+        entries: of each buffer at first; they grow to what is taken from them at a time.
         device: of all of them.
     """
 
@@ -25,9 +25,10 @@ class Scratch:
         start = self._used.get(use, 0)
         buffer = self._buffers.get(use)
         if buffer is None or start + entries > buffer.numel():
-            # Cut before, a former buffer lives on as long as what was cut from it.
-            size = max(self._entries, entries)
-            buffer = self._buffers[use] = torch.empty(size, dtype=dtype, device=self._device)
+            # Cut before, a former buffer lives on as long as what was cut from it. The next holds all of this round:
+            # else every round would make several anew.
+            self._entries = max(self._entries, start + entries)
+            buffer = self._buffers[use] = torch.empty(self._entries, dtype=dtype, device=self._device)
             start = 0
         self._used[use] = start + entries
         return buffer[start : start + entries]

@@ -66,12 +66,34 @@ class StoredRule:
         direct = [each.whole() for each in stored if not counts and each.is_all_of(dtype)]
         if direct:
             self._compute(direct, dtype, Scratch(0, direct[0].weight.device), lr, step)
-        others = [each for each in stored if counts or not each.is_all_of(dtype)]
-        if not others:
-            return []
-        most, scratch = self._workspace(others)
         changed: list[Tensor] = []
-        for group in groups(others, most):
+        # Torch's own bf16 arithmetic (SGD) rounds otherwise at the ends of threads' shares: there are few cuts, since
+        # whether an update is counted must not show.
+        for_themselves = [each for each in stored if counts and each.is_all_of(dtype)]
+        if for_themselves:
+            scratch = Scratch(0, for_themselves[0].weight.device)
+            changed += self._sliced(for_themselves, DEVICE_SLICE_ENTRIES, dtype, scratch, lr, step, draw, counts=True)
+        others = [each for each in stored if not each.is_all_of(dtype)]
+        if others:
+            most, scratch = self._workspace(others)
+            changed += self._sliced(others, most, dtype, scratch, lr, step, draw, counts=counts)
+        return changed
+
+    def _sliced(
+        self,
+        stored: Sequence[Stored],
+        most: int,
+        dtype: torch.dtype,
+        scratch: Scratch,
+        lr: float,
+        step: int,
+        draw: int,
+        *,
+        counts: bool,
+    ) -> list[Tensor]:
+        """Apply the rule to `most` entries at a time; how many changed of each part, if it `counts`."""
+        changed: list[Tensor] = []
+        for group in groups(stored, most):
             scratch.clear()
             former = [part.copy_weights(scratch, "former") for part in group] if counts else []
             work, slots = self._compute(group, dtype, scratch, lr, step)

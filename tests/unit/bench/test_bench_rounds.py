@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from speed import client
 from speed.cases import OURS, Case, Contestant
 from speed.client import PeerAbsentError, Worker, WorkerFailedError, python_of
 from speed.rounds import run_case, starter
@@ -123,6 +129,121 @@ def test_the_end_of_a_worker_is_told_with_its_last_words(tmp_path: Path) -> None
     try:
         worker.ready()
         with pytest.raises(WorkerFailedError, match=r"ended with 1: .*no more"):
+            worker.repeat()
+    finally:
+        worker.close()
+
+
+GARBLED = """
+import os, sys
+sys.stdin.readline()
+os.write(1, b'{"ready": {"versi')
+sys.stdin.readline()
+"""
+
+
+def test_an_answer_that_breaks_off_is_a_failure_and_not_the_end_of_the_sitting(tmp_path: Path) -> None:
+    path = tmp_path / "worker.py"
+    path.write_text(GARBLED, encoding="utf-8")
+    worker = Worker([str(python_of(OURS, tmp_path)), str(path)], {}, 1, tmp_path)
+    assert worker._process.stdin is not None
+    worker._process.stdin.close()
+    try:
+        with pytest.raises(WorkerFailedError, match="ended with"):
+            worker.ready()
+    finally:
+        worker.close()
+
+
+BUSY = """
+import subprocess, sys, time
+from speed.workers.protocol import Requests
+requests = Requests()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)"])
+requests.ready(child=child.pid)
+for repeat in requests.repeats():
+    time.sleep(20)
+"""
+
+
+def test_an_interrupt_ends_what_is_under_way_and_what_that_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without waiting for a repeat that takes long, and with no process left behind."""
+    path = tmp_path / "worker.py"
+    path.write_text(BUSY, encoding="utf-8")
+    workers: list[Worker] = []
+
+    def start(contestant: Contestant) -> Worker:
+        workers.append(Worker([str(python_of(OURS, tmp_path)), str(path)], {}, 1, tmp_path))
+        return workers[-1]
+
+    children: list[psutil.Process] = []
+    ready = Worker.ready
+
+    def noted(worker: Worker) -> dict[str, Any]:
+        facts = ready(worker)
+        children.append(psutil.Process(facts["child"]))
+        # As Ctrl-C does it: the main thread is told while it waits for the repeat.
+        main = threading.main_thread().ident
+        assert main is not None
+        threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT]).start()
+        return facts
+
+    monkeypatch.setattr(Worker, "ready", noted)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_case(case_of("a"), 0, start)
+    assert time.monotonic() - began < 15
+    assert workers[0]._process.poll() is not None
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_an_environment_whose_interpreter_is_gone_is_absent(tmp_path: Path) -> None:
+    (tmp_path / "torch" / "bin").mkdir(parents=True)
+    (tmp_path / "torch" / ".ready").touch()
+    (tmp_path / "torch" / "bin" / "python").symlink_to(tmp_path / "gone")
+    with pytest.raises(PeerAbsentError, match="make bench-setup"):
+        python_of("torch", tmp_path)
+
+
+TELLING = """
+import os, time
+from speed.workers.protocol import Requests
+requests = Requests()
+requests.ready(threads=os.environ["OMP_NUM_THREADS"], path=os.environ["PYTHONPATH"])
+for repeat in requests.repeats():
+    time.sleep(20)
+"""
+
+
+def test_a_worker_is_told_its_threads_and_a_peer_nothing_of_our_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/of/ours")
+    path = tmp_path / "worker.py"
+    path.write_text(TELLING, encoding="utf-8")
+    peer = tmp_path / "python"
+    peer.symlink_to(sys.executable)
+    said = []
+    for python in (sys.executable, str(peer)):
+        worker = Worker([python, str(path)], {}, 3, tmp_path)
+        try:
+            said.append(worker.ready())
+        finally:
+            worker.close()
+    assert [each["threads"] for each in said] == ["3", "3"]
+    assert ["/of/ours" in each["path"].split(":") for each in said] == [True, False]
+
+
+def test_a_worker_that_gives_no_answer_in_time_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "worker.py"
+    path.write_text(TELLING, encoding="utf-8")
+    worker = Worker([sys.executable, str(path)], {}, 1, tmp_path)
+    try:
+        worker.ready()
+        monkeypatch.setattr(client, "PATIENCE", 0.3)
+        with pytest.raises(WorkerFailedError, match="ended with -9"):
             worker.repeat()
     finally:
         worker.close()

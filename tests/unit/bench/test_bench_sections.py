@@ -9,7 +9,7 @@ import pytest
 
 import speed
 from speed.cases import OURS, Case, Choice, Contestant, Section
-from speed.driver import main, measure
+from speed.driver import _command, main, measure
 from speed.results import CaseResult, SectionResult
 from speed.sections import SECTIONS, dense, scripts
 
@@ -98,3 +98,46 @@ def _stored(place: Path) -> dict[str, object]:
     from speed.results import load
 
     return {name: section.model_dump() for name, section in load(place / "here.json").sections.items()}
+
+
+def test_a_case_that_is_nowhere_is_refused_and_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ["--results", str(tmp_path), "--peers", str(tmp_path), "--name", "here"]
+    with pytest.raises(SystemExit) as ended:
+        main([*shared, "--case", "no such case"])
+    assert ended.value.code == 2
+    assert "no case of these sections has 'no such case' in its name" in capsys.readouterr().err
+    assert not (tmp_path / "here.json").exists()
+
+
+def test_results_that_cannot_be_read_end_a_sitting_before_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cases() -> list[Case]:
+        raise AssertionError
+
+    monkeypatch.setitem(SECTIONS, "loss", Section("loss", "", lambda result, clock: "", cases))
+    (tmp_path / "here.json").write_text("{", encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        main(["--only", "loss", "--results", str(tmp_path), "--name", "here"])
+    assert ended.value.code == 1
+    assert "here.json" in capsys.readouterr().err
+    assert (tmp_path / "here.json").read_text() == "{"
+
+
+def test_a_command_is_kept_as_a_shell_takes_it_without_folders_of_the_machine() -> None:
+    words = ["--case", "60m, 4 x 256", "--data", "/home/me/text", "--results=/tmp/x", "--all"]
+    assert _command(words) == "--case '60m, 4 x 256' --data DATA --results=RESULTS --all"
+
+
+def test_peers_that_do_not_exist_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import setup_peers
+
+    monkeypatch.setattr("sys.argv", ["setup_peers.py", "litgtp"])
+    with pytest.raises(SystemExit) as ended:
+        setup_peers.main()
+    assert ended.value.code == 2
+    assert "no peer 'litgtp': there are galore, litgpt" in capsys.readouterr().err

@@ -52,6 +52,7 @@ def test_bf16_does_not_overflow_or_saturate():
 def test_nothing_has_norm_zero():
     assert float(kept_norm([])) == 0.0
     assert float(kept_norm([torch.zeros(3)])) == 0.0
+    assert float(kept_norm([torch.empty(0), torch.empty(0, 5, dtype=torch.bfloat16)])) == 0.0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

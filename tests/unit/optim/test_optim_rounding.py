@@ -137,3 +137,19 @@ def test_how_a_tensor_is_cut_does_not_show(entries, cuts, seed, draw_entries):
     finally:
         rounding.DRAW_ENTRIES = kept
     assert torch.equal(target, whole)
+
+
+def test_parts_out_of_turn_draw_the_same():
+    """After as many entries of another tensor, again after a part was given up, and with one left out."""
+    source = torch.randn(256, generator=torch.Generator().manual_seed(5))
+    whole, rounder = rounded(source), StochasticRounder(0)
+
+    def write(start, stop, key="a/1"):
+        target = torch.empty(stop - start, dtype=torch.bfloat16)
+        rounder.write(target, source[start:stop].clone(), key, start)
+        return target
+
+    write(0, 64)
+    write(0, 64, "b/1")
+    for start, stop in ((64, 128), (64, 128), (192, 256), (128, 192)):
+        assert torch.equal(write(start, stop), whole[start:stop])

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from blockllm_cli.optim import bitmap, rounding, stored
 from blockllm_cli.optim.adam import AdamRule
 from blockllm_cli.optim.blocks import Piece
+from blockllm_cli.optim.dense_state import DenseState
 from blockllm_cli.optim.entries import Entries
 from blockllm_cli.optim.kept_state import KeptState
 from blockllm_cli.optim.precision import precision_of
 from blockllm_cli.optim.scratch import Scratch
+from blockllm_cli.optim.sgd import SgdRule
 from blockllm_cli.optim.slices import Stored, groups
 
 
@@ -101,3 +103,35 @@ def test_scratch_is_used_again_and_grows_when_it_must():
     assert (first == 1.0).all()
     scratch.clear()
     assert scratch.take("a", 20, torch.float32).data_ptr() == third.data_ptr()
+
+
+def test_scratch_that_began_small_comes_to_rest():
+    """The first update may be of a small tensor: later ones make no memory anew for ever."""
+    scratch = Scratch(8, torch.device("cpu"))
+    buffers = []
+    for _ in range(6):
+        scratch.clear()
+        taken = [scratch.take("a", size, torch.float32) for size in (5, 300, 200, 100, 7)]
+        buffers.append({each.untyped_storage().data_ptr() for each in taken})
+    assert len(buffers[-1]) == 1
+    assert buffers[-1] == buffers[-2]
+
+
+def test_whether_an_update_is_counted_does_not_show():
+    """In bf16 the last few entries of a thread are rounded as no others: where they lie must not depend on it."""
+    found = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for counts in (False, True):
+            draw = torch.Generator().manual_seed(0)
+            weight = torch.randn(70 * 5461, generator=draw).bfloat16()
+            state = DenseState(SgdRule(momentum=0.9, weight_decay=0.01, nesterov=True), precision_of("bf16_papers"), 0)
+            state.allocate({"w": weight})
+            for _ in range(20):
+                gradient = torch.randn(weight.numel(), generator=draw).bfloat16()
+                state.update({"w": gradient}, lambda _: 1e-2, count_unchanged=counts)
+            found.append(weight)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)

@@ -388,3 +388,46 @@ def test_it_says_why_it_does_not_serve(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_kernel_that_does_not_run_is_a_reason():
     assert why_no_triton(torch.device("cuda")).startswith("Triton's kernel does not run here: ")
+
+
+def two_targets():
+    draw = torch.Generator().manual_seed(4)
+    shapes = {"a": (16, 8), "b": (8, 8)}
+    weights = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    targets = []
+    for name, weight in weights.items():
+        moments = torch.zeros(weight.numel()), torch.zeros(weight.numel())
+        targets.append(Target(name, 0, weight, Entries.all(tuple(weight.shape)), moments, None))
+    return targets
+
+
+def test_gradients_may_differ_in_dtype_and_lie_in_any_order(kernels):
+    first, second = torch.randn(8, 16).bfloat16().T, torch.randn(8, 8)
+    found = []
+    for gradients in ([first, second], [first.float().contiguous(), second]):
+        adam = TritonAdam(RULE, precision_of("fp32"), 0, kernels=kernels, block=8)
+        targets = two_targets()
+        adam.update(targets, gradients, [(1e-2, 1)] * 2, 1)
+        found.append([tensor for target in targets for tensor in (target.weight, *target.slots)])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
+
+
+def test_the_tables_hold_no_index_of_entries_that_stop(kernels):
+    adam = TritonAdam(RULE, precision_of("fp32"), 0, kernels=kernels, block=8)
+    entries = Entries.of(torch.arange(0, 64, 2), (64,))
+    index = weakref.ref(entries.index)
+    target = Target("w", 0, torch.zeros(64), entries, (torch.zeros(32), torch.zeros(32)), None)
+    adam.update([target], [torch.ones(32)], [(1e-2, 1)], 1)
+    del target, entries
+    gc.collect()
+    assert index() is None
+
+
+def test_nothing_to_update_is_no_launch(kernels):
+    counting = Counting(kernels)
+    adam = TritonAdam(RULE, precision_of("bf16"), 0, kernels=counting, block=8)
+    assert adam.update([], [], [], 1, count_unchanged=True) is None
+    entries = Entries.of(torch.empty(0, dtype=torch.int64), (64,))
+    target = Target("w", 0, torch.zeros(64).bfloat16(), entries, (torch.empty(0), torch.empty(0)), None)
+    assert adam.update([target], [torch.empty(0).bfloat16()], [(1e-2, 1)], 1, count_unchanged=True) is None
+    assert counting.grids == []
