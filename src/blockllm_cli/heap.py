@@ -17,14 +17,23 @@ _MMAP_MAX = -4
 
 _MALLOC_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
+_ONEDNN_VARIABLES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+"""How many products torch's binding of oneDNN, and oneDNN itself, remember; read once, when either is loaded."""
+
+_ONEDNN_KEPT = "64"
+"""More than the different products of one update. What is remembered for one size of a product takes a megabyte, and
+nearly every batch has another number of targets: 1,024 of each, the default, come to gigabytes (measured)."""
+
 
 def keep_memory() -> None:
-    """Keep freed memory in the process, and ask for large pages; to be called before torch is imported.
+    """Keep freed memory in the process, ask for large pages, bound oneDNN's caches; call it before torch is imported.
 
     Does nothing where the C library is not glibc, and leaves what the environment says about either as it is.
     """
     # Read by torch once, when it allocates for the first time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for name in _ONEDNN_VARIABLES:
+        os.environ.setdefault(name, _ONEDNN_KEPT)
     if not _is_glibc() or _is_set():
         return
     library = ctypes.CDLL(None)

@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from blockllm_cli.model.products import has_own_product
 
 KEPT_MIB = """
 import os
@@ -21,6 +24,26 @@ before = resident_mib()
 block = bytearray(b"x") * (200 * 2**20)
 del block
 print(os.environ["THP_MEM_ALLOC_ENABLE"], resident_mib() - before)
+"""
+
+GROWN_MIB = """
+import os
+from blockllm_cli.heap import keep_memory
+
+def resident_mib():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+keep_memory()
+import torch
+from blockllm_cli.model.products import product
+torch.set_num_threads(1)
+x, matrix = torch.randn(700, 256), torch.randn(256, 688)
+product(x, matrix)
+before = resident_mib()
+for rows in range(300, 700):
+    product(x[:rows], matrix)
+print(resident_mib() - before)
 """
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is what is set")
@@ -48,3 +71,19 @@ def test_what_the_environment_says_about_memory_is_left_as_it_is(name: str) -> N
     pages, mib = kept(**{name: value, "THP_MEM_ALLOC_ENABLE": "0"})
     assert pages == "0"
     assert mib < 10
+
+
+def grown(**environment: str) -> float:
+    """MiB that a process has grown by after 400 products of different sizes."""
+    inherited = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", GROWN_MIB], env=inherited | environment, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+@pytest.mark.skipif(not has_own_product(torch.empty(0)), reason="only oneDNN remembers sizes")
+def test_products_of_ever_new_sizes_do_not_fill_memory() -> None:
+    """Batches differ in their number of targets; what the environment says about how many are remembered is left."""
+    unbounded = grown(LRU_CACHE_CAPACITY="1024", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")
+    assert grown() < 0.6 * unbounded

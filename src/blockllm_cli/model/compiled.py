@@ -276,20 +276,19 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         RecipeError: it cannot be done.
     """
-    import torch._dynamo.exc as dynamo  # heavy
-
     try:
         torch.compile(lambda x: x + 1, fullgraph=True)(torch.ones(8, device=device))
-    except dynamo.TorchDynamoException as error:
+    except Exception as error:
+        # Of any kind: a folder for the generated code that cannot be written, a compiler that is switched off.
         raise _compile_error(error) from error
 
 
 def _compile_error(error: Exception) -> RecipeError:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return RecipeError(
-        f'run.compile = "layer": torch.compile fails on this machine: {lines[0] if lines else repr(error)}. Set '
+        f'run.compile = "layer": torch.compile fails on this machine: {lines[0].rstrip(".:") if lines else repr(error)}. Set '
         'run.compile = "off"; or give it what it needs: a C++ compiler for the CPU (g++ or clang++ on PATH, or the one '
-        "that CXX names), Triton for a GPU"
+        "that CXX names) and a folder that can be written (TORCHINDUCTOR_CACHE_DIR), Triton for a GPU"
     )
 
 

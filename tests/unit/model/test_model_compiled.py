@@ -267,9 +267,10 @@ def test_no_more_is_kept_for_the_backward_pass_than_by_plain_layers(shared, trai
     assert kept_bytes(model, names) <= most * kept_bytes(plain, names)
 
 
-def test_a_compiler_that_fails_is_named_with_the_way_out(monkeypatch):
+@pytest.mark.parametrize("kind", [torch._dynamo.exc.TorchDynamoException, OSError, RuntimeError])
+def test_a_compiler_that_fails_is_named_with_the_way_out(monkeypatch, kind):
     def fail(*arguments, **keywords):
-        raise torch._dynamo.exc.TorchDynamoException("no compiler found\nand more")
+        raise kind("no compiler found\nand more")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     with pytest.raises(RecipeError, match=r'no compiler found\. Set run\.compile = "off"'):
