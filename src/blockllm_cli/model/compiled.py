@@ -285,8 +285,9 @@ def check_compiler(device: torch.device) -> None:
 
 def _compile_error(error: Exception) -> RecipeError:
     lines = [line for line in str(error).splitlines() if line.strip()]
+    words = lines[0].rstrip(".:") if lines else repr(error)
     return RecipeError(
-        f'run.compile = "layer": torch.compile fails on this machine: {lines[0].rstrip(".:") if lines else repr(error)}. Set '
+        f'run.compile = "layer": torch.compile fails on this machine: {words}. Set '
         'run.compile = "off"; or give it what it needs: a C++ compiler for the CPU (g++ or clang++ on PATH, or the one '
         "that CXX names) and a folder that can be written (TORCHINDUCTOR_CACHE_DIR), Triton for a GPU"
     )
