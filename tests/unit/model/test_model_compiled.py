@@ -1,5 +1,6 @@
 """Compiled layers: the numbers of plain ones, few compilations, no product that nobody takes."""
 
+import gc
 import weakref
 from itertools import product
 
@@ -89,6 +90,7 @@ SELECTIONS = [
     [LAYERS[1] + NORMS[0]],
     [LAYERS[1] + NORMS[1], LAYERS[2] + "mlp.up_proj.weight"],
     [LAYERS[0] + "self_attn.o_proj.weight"],
+    [LAYERS[1] + "mlp.gate_proj.weight"],
 ]
 
 
@@ -199,6 +201,14 @@ def test_writing_inside_the_backward_pass_is_writing_after_it():
         torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_that_nobody_holds_is_freed():
+    model, _ = llama(compiled="eager")
+    gone = weakref.ref(model.model.layers[0].compiled)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
 def test_gradients_that_do_not_go_by_feeds_are_not_lost():
     """Hooks, and autograd without routes: such a pass runs plain layers."""
     plain, (model, compiler) = llama(), llama(compiled="eager")
@@ -209,6 +219,8 @@ def test_gradients_that_do_not_go_by_feeds_are_not_lost():
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name])
     assert compiler.compilations == []
+    for name in (LAYERS[1] + NORMS[0], LAYERS[1] + MATRICES[0]):
+        assert_equal(dense(model, [name], feeding="hook"), {key: wanted[key] for key in ("loss", name)})
 
 
 def test_names_and_evaluation_are_those_of_plain_layers(shared):
