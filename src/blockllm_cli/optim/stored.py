@@ -38,7 +38,6 @@ class StoredRule:
         self.rule = rule
         self._precision = precision
         self._rounders: dict[str, StochasticRounder] = {}
-        self._scratch: Scratch | None = None
         if precision.rounding == "stochastic":
             self._rounders = {what: StochasticRounder(seed) for what in ("weight", *rule.slots)}
 
@@ -104,15 +103,12 @@ class StoredRule:
             ]
         return changed
 
-    def _workspace(self, stored: Sequence[Stored]) -> tuple[int, Scratch]:
-        """Entries of a slice of `stored`, and what it is worked on in."""
+    @staticmethod
+    def _workspace(stored: Sequence[Stored]) -> tuple[int, Scratch]:
+        """Entries of a slice of `stored`, and what it is worked on in, for one update: none is kept between them."""
         device = stored[0].weight.device
-        if device.type != "cpu":
-            # The device's allocator hands out freed memory again without the host's page faults.
-            return DEVICE_SLICE_ENTRIES, Scratch(DEVICE_SLICE_ENTRIES, device)
-        if self._scratch is None:
-            self._scratch = Scratch(min(SLICE_ENTRIES, sum(each.gradient.numel() for each in stored)), device)
-        return SLICE_ENTRIES, self._scratch
+        most = SLICE_ENTRIES if device.type == "cpu" else DEVICE_SLICE_ENTRIES
+        return most, Scratch(min(most, sum(each.gradient.numel() for each in stored)), device)
 
     def _dtype(self, stored: Sequence[Stored]) -> torch.dtype:
         """What the rule computes in: bf16 if that is meant and everything is stored in it, else fp32."""
