@@ -16,7 +16,7 @@ import torch
 from blockllm_cli.gradients.engine import routed
 from blockllm_cli.gradients.routes import Dense
 from blockllm_cli.model.batch import Batch
-from blockllm_cli.model.config import LlamaConfig
+from blockllm_cli.model.config import SIZES, LlamaConfig
 from blockllm_cli.model.llama import build_model
 
 ROWS, LENGTH, VOCABULARY, LAYERS = 4, 256, 32_000, 8
@@ -24,14 +24,7 @@ HEAD = ["lm_head.weight", "model.norm.weight"]
 
 
 def models(dtype):
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
+    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=8, **SIZES["60m"])
     plain, compiled = (build_model(config, seed=0, dtype=dtype) for _ in range(2))
     return {"off": plain, "layer": compiled}, compiled.compile_layers()
 

@@ -64,7 +64,7 @@ class Worker:
             "TOKENIZERS_PARALLELISM": "false",
             "TORCHINDUCTOR_CACHE_DIR": str(cache),  # what is compiled once need not be again in the next sitting
         }
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # read after a failure, closed by `close`
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

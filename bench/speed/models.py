@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from blockllm_cli.model.config import SIZES, LlamaConfig
 
 Shape = dict[str, int]
@@ -14,14 +16,8 @@ def shape_of(size: str, vocab_size: int = 32_000) -> Shape:
 
 def config_of(shape: Shape) -> LlamaConfig:
     """The package's config of a shape, without grouped queries."""
-    return LlamaConfig(
-        vocab_size=shape["vocab_size"],
-        hidden_size=shape["hidden_size"],
-        intermediate_size=shape["intermediate_size"],
-        num_hidden_layers=shape["num_hidden_layers"],
-        num_attention_heads=shape["num_attention_heads"],
-        num_key_value_heads=shape["num_attention_heads"],
-    )
+    fields: dict[str, Any] = {**shape, "num_key_value_heads": shape["num_attention_heads"]}
+    return LlamaConfig(**fields)
 
 
 def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,9 @@
 """How this process gets memory from the system: large tensors are made and freed in every update.
 
 By default the C library of Linux maps each large tensor afresh and gives it back when it is freed, so that every update
-of a run touches every page of its activations for the first time again. Kept instead, and in pages of 2 MiB, they cost
-an update of a 60M model in bf16 a tenth less (`docs/performance.md`); the process holds what its largest update took.
+of a run touches every page of its activations for the first time again. Kept instead, and in pages of 2 MiB, nearly all
+of an update's tens of thousands of page faults go (`docs/performance.md`); the process holds what its largest update
+took.
 """
 
 from __future__ import annotations

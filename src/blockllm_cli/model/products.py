@@ -1,8 +1,8 @@
 """Products of matrices by the faster of the two libraries that torch brings along.
 
 In fp32 torch multiplies with MKL, which on processors of another maker than its own does without their 512-bit units.
-oneDNN uses them: on an AMD EPYC with AVX-512 it is 2.1 times as fast where no operand has to be laid out anew, and 1.7
-times for the gradient of a weight (`bench/products.py`). In bf16 torch multiplies with oneDNN already.
+oneDNN uses them: on an AMD EPYC with AVX-512 it is 2.1 to 2.5 times as fast where no operand has to be laid out anew,
+and 1.7 to 2.1 times for the gradient of a weight (`bench/products.py`). In bf16 torch multiplies with oneDNN already.
 
 Which library serves is a function of the processor, dtype and sizes alone, so that a run on one machine repeats itself.
 """
