@@ -74,3 +74,12 @@ def test_who_made_the_processor_decides(said: str, slow: bool, monkeypatch: pyte
     assert products._mkl_is_slow.__wrapped__() is slow
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert products._mkl_is_slow.__wrapped__() is False
+
+
+@pytest.mark.parametrize("layout", layouts(1, 1, 0))
+def test_onednn_is_given_no_matrix_with_gaps_for_which_it_has_no_fast_kernel(layout: str) -> None:
+    matrix = layouts(M, K, 3)[layout]
+    dense = products._dense(matrix)
+    assert dense.is_contiguous() or dense.t().is_contiguous()
+    assert torch.equal(dense, matrix)
+    assert (dense is matrix) is (matrix.is_contiguous() or matrix.t().is_contiguous())
